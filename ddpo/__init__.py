@@ -1,0 +1,27 @@
+"""ddpo: preference training that keeps language models diverse (DDPO and DORPO, arXiv 2503.17126).
+
+The public names below are imported on first use: `import ddpo` loads neither torch nor triton.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "linear_logp": "ddpo.ops",
+    "sequence_sum": "ddpo.ops",
+    "dpo": "ddpo.losses",
+    "ddpo": "ddpo.losses",
+    "orpo": "ddpo.losses",
+    "dorpo": "ddpo.losses",
+    "sft": "ddpo.losses",
+    "mean_distance": "ddpo.deviation",
+    "weights": "ddpo.deviation",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ddpo' has no attribute {name!r}")

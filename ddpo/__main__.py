@@ -1,0 +1,3 @@
+from ddpo.cli import main
+
+main()

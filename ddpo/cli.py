@@ -1,0 +1,50 @@
+"""The command `ddpo`: one verb a job. A verb's module is loaded when it runs, so that --help is quick."""
+
+import difflib
+import importlib
+import sys
+
+from ddpo import __version__
+from ddpo.config import (
+    DemoConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PrepareConfig,
+    TrainConfig,
+    WeighConfig,
+    run_command,
+)
+
+VERBS = {  # verb -> module, settings, field that the first bare argument names; the function is called like the verb
+    "prepare": ("ddpo.prepare", PrepareConfig, "source"),
+    "weigh": ("ddpo.prepare", WeighConfig, "folder"),
+    "train": ("ddpo.train", TrainConfig, "data"),
+    "generate": ("ddpo.generate", GenerateConfig, "prompts"),
+    "evaluate": ("ddpo.evaluate", EvaluateConfig, "responses"),
+    "demo": ("ddpo.demo", DemoConfig, None),
+}
+
+
+def usage() -> str:
+    lines = [f"  {verb:<10} {cls.__doc__.splitlines()[0]}" for verb, (_, cls, _) in VERBS.items()]
+    return "\n".join(
+        ["usage: ddpo VERB ...", "", *lines, "", "`ddpo VERB --help` lists a verb's options and an example."]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if verb in ("-h", "--help"):
+        print(usage())
+    elif verb == "--version":
+        print(__version__)
+    elif verb in VERBS:
+        module, cls, positional = VERBS[verb]
+        run_command(
+            lambda cfg: getattr(importlib.import_module(module), verb)(cfg), cls, f"ddpo {verb}", positional, rest
+        )
+    else:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(VERBS)}"
+        print(f"error: unknown verb {verb!r}; {hint}", file=sys.stderr)
+        sys.exit(2)

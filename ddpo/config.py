@@ -1,0 +1,314 @@
+"""Every command's settings as frozen dataclasses, read from YAML and the command line. Loads neither torch nor
+transformers. The docstring of a field is its help text."""
+
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighing:
+    """How weights come from texts: encoders, distances, deviations."""
+
+    measures: tuple[Literal["semantic", "style"], ...] = ("semantic", "style")
+    """Measures of deviation; both by default. Their geometric mean is the deviation."""
+    semantic: str = "minilm"
+    """Semantic encoder: 'minilm' or any sentence-transformers model (paper: jinaai/jina-embeddings-v3)."""
+    style: str = "builtin"
+    """Style encoder: 'builtin' or any sentence-transformers model (paper: AnnaWegmann/Style-Embedding)."""
+    metric: Literal["cosine", "euclidean"] = "cosine"
+    """Distance of two embeddings."""
+    combine: Literal["geometric", "arithmetic"] = "geometric"
+    """Mean over the measures."""
+    normalise_over: Literal["all", "pairs"] = "all"
+    """Responses that enter distances, minimum, maximum and mean: all of the group, or those in pairs (the release)."""
+    min_deviation: float = 0.0
+    """Deviations are raised to at least this (0 to 1) before normalising; keeps winners that weight 0 would drop."""
+    release_floor: bool = False
+    """Weights are raised to at least 0.2 after normalising."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(Weighing):
+    """Groups of responses in, a prepared folder out: import, filter, pair, weigh.
+
+    Example: ddpo prepare groups.jsonl --out prepared --gap 1
+    """
+
+    source: str
+    """A .jsonl file, a folder of datasets.save_to_disk, or a data set's name."""
+    out: str
+    """The prepared folder to make."""
+    model: str = "smollm2-135m-instruct"
+    """Model whose tokenizer and chat template are used: a folder, a hub name or 'smollm2-135m-instruct'."""
+    format: Literal["auto", "groups", "preference", "writing_prompts"] = "auto"
+    """Row format; 'auto' tells it by the first row's keys."""
+    split: str = "train"
+    """Split of a named data set."""
+    pairs: Literal["gap", "all", "divpo"] = "gap"
+    """Rule that makes pairs; rows that are pairs already are taken as given."""
+    gap: float = 5.0
+    """Score difference that `gap` pairs prefer, in units of the score."""
+    max_pairs: int = 100
+    """Most pairs of a group under `all`."""
+    keep_ties: bool = False
+    """Under `all`: pairs of equal scores too (the release)."""
+    max_length: int = 2048
+    """Most tokens of prompt and response together."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """What happens to longer responses; truncate keeps the start."""
+    holdout: float = 0.0
+    """Share of the prompts kept out of the folder and written to its heldout.jsonl (paper: 0.1)."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja) to use instead of the tokenizer's own."""
+    seed: int = 0
+    """Seed of pairs and hold-out."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeighConfig(Weighing):
+    """Weighs a prepared folder anew, its pairs as they are; the old weights stay until the new are whole.
+
+    Example: ddpo weigh prepared --measures semantic
+    """
+
+    folder: str
+    """The prepared folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Trains a policy on a prepared folder: SFT, DPO, DDPO, ORPO or DORPO.
+
+    Example: ddpo train prepared --out runs/ddpo --method ddpo --lr 2e-5 --epochs 3
+    """
+
+    data: str
+    """The prepared folder."""
+    out: str
+    """The run folder to make: config, card, metrics.jsonl, checkpoints, and the adapter or model at the end."""
+    model: str = "smollm2-135m-instruct"
+    """Policy to start from: a folder, a hub name or 'smollm2-135m-instruct'."""
+    adapter: str | None = None
+    """LoRA adapter merged into the model first (an SFT run's, say); the reference policy then holds it too."""
+    method: Literal["sft", "dpo", "ddpo", "orpo", "dorpo"] = "ddpo"
+    """The loss."""
+    beta: float | None = None
+    """Strength: of DPO's pull to the reference (default 0.1), or ORPO's odds-ratio term (default 0.25)."""
+    nll_mean: Literal["pair", "tokens"] = "pair"
+    """ORPO's likelihood term: mean over pairs of token means (paper), or mean over the step's tokens (TRL, release)."""
+    nll_tokens: Literal["response", "all"] = "response"
+    """ORPO's likelihood term: over the response, or over prompt and response (TRL, release)."""
+    dorpo_weight: Literal["outside", "inside"] = "outside"
+    """DORPO's weight: outside (paper: w * ORPO) or inside the sigmoid (release)."""
+    epochs: int = 1
+    """Passes over the pairs (SFT: over the responses)."""
+    batch_size: int = 8
+    """Pairs (SFT: responses) of an optimiser step, over all processes."""
+    micro_tokens: int = 4096
+    """Most packed tokens of one forward pass; a step's batch is split to fit and its gradients are summed."""
+    forward_zero_weight: bool = False
+    """Forward pairs of weight 0 too (their gradient is zero either way): slower, metrics over all pairs."""
+    lr: float = 5e-6
+    """Peak learning rate."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the warm-up, down to min_lr * lr."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    min_lr: float = 0.0
+    """Last learning rate as a share of the peak."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this 2-norm; 0: not clipped."""
+    lora: bool = True
+    """Train a LoRA adapter; --no-lora trains all weights."""
+    lora_r: int = 16
+    """Rank (paper: 128)."""
+    lora_alpha: int = 32
+    """Scale (paper: 256)."""
+    lora_dropout: float = 0.0
+    """Dropout inside the adapter."""
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Names of the linear layers that get an adapter, or all-linear."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Of the model's weights; auto: bfloat16 on a GPU that has it, else float32."""
+    seed: int = 0
+    """Seed of data order, adapter and dropout."""
+    save_every: int = 50
+    """Steps between checkpoints; 0: none but at the end or when stopped."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept, the newest ones."""
+    max_steps: int | None = None
+    """Stop after this many steps; the schedule of the learning rate is cut to it."""
+    resume: bool = False
+    """Go on from the run folder's last checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Samples responses to prompts, to JSONL in the groups contract.
+
+    Example: ddpo generate heldout.jsonl --adapter runs/ddpo/adapter --out after.jsonl
+    """
+
+    prompts: str
+    """JSONL with a 'prompt' a line (a groups file serves)."""
+    out: str
+    """JSONL file to write."""
+    model: str = "smollm2-135m-instruct"
+    """A folder, a hub name or 'smollm2-135m-instruct'."""
+    adapter: str | None = None
+    """LoRA adapter over it, for example runs/mine/adapter."""
+    num_samples: int = 4
+    """Responses of each prompt."""
+    max_new_tokens: int = 2048
+    """Most tokens of a response."""
+    temperature: float = 1.0
+    """Divides the logits; lower is safer."""
+    top_k: int = 50
+    """Sample among the k most likely tokens; 0: among all."""
+    top_p: float = 0.95
+    """Sample among the fewest tokens that hold this probability."""
+    repetition_penalty: float = 1.1
+    """Divides (multiplies, where negative) the logits of tokens that stand already; 1: none."""
+    batch_size: int = 48
+    """Responses sampled at a time."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja) to use instead of the tokenizer's own."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Of the model's weights; auto: bfloat16 on a GPU that has it, else float32."""
+    seed: int = 0
+    """Each (prompt, sample) draws from a generator of its own."""
+    overwrite: bool = False
+    """Replace an existing file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measures diversity, length and likelihood of generated responses; with --before, what changed.
+
+    Example: ddpo evaluate after.jsonl --before before.jsonl --model smollm2-135m-instruct
+    """
+
+    responses: str
+    """JSONL of responses, as `ddpo generate` writes it."""
+    before: str | None = None
+    """JSONL of the same prompts' responses before training, to compare with."""
+    out: str | None = None
+    """JSON file for the numbers, per prompt and averaged."""
+    model: str | None = None
+    """Starting model; where given, the mean log-prob of the responses under it is measured too."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja) to use instead of the tokenizer's own."""
+    semantic: str = "minilm"
+    """Semantic encoder, as in `ddpo prepare`."""
+    style: str = "builtin"
+    """Style encoder, as in `ddpo prepare`."""
+    distinct_threshold: float = 0.25
+    """Two responses count as the same to distinct_k when their semantic cosine distance is under this."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Runs the whole method once: prepare, train, generate and evaluate before and after.
+
+    Example: ddpo demo
+    """
+
+    out: str = "runs/demo"
+    """Where everything is written; a previous demo there is replaced."""
+    seed: int = 0
+    """Seed of pairs, training and sampling."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    epochs: int = 2
+    """Passes over the pairs."""
+
+
+def parse(cls: type[Config], argv: list[str], prog: str, positional: str | None = None) -> Config:
+    """Settings of a command from `--config FILE.yaml` and command-line options, the latter first.
+
+    positional: field that a first bare argument names. Unknown keys and options raise ValueError with the nearest name.
+    """
+    import tyro
+
+    names = [f.name for f in fields(cls)]
+    argv = list(argv)
+    if positional and argv and not argv[0].startswith("-"):
+        argv[:1] = [f"--{positional}", argv[0]]
+    from_file: list[str] = []
+    if "--config" in argv:
+        at = argv.index("--config")
+        path = argv[at + 1] if at + 1 < len(argv) else ""
+        del argv[at : at + 2]
+        from_file = _options(path, names)
+    for option in argv:
+        if option.startswith("--") and option != "--help":
+            _check_name(option[2:].split("=")[0], names, "option")
+    bare = f"The first bare argument is --{positional}. " if positional else ""
+    description = f"{inspect.getdoc(cls)}\n\n{bare}Options can stand in a YAML file too: --config FILE."
+    return tyro.cli(cls, args=from_file + argv, prog=prog, description=description)
+
+
+def _options(path: str, names: list[str]) -> list[str]:
+    """The entries of a YAML file as command-line options, so that one parser checks both."""
+    if not Path(path).is_file():
+        raise ValueError(f"config: there is no file {path}")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as err:
+        raise ValueError(f"config: {path} is not YAML: {err}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path} must hold 'key: value' lines, got {type(values).__name__}")
+    options = []
+    for key, value in values.items():
+        _check_name(str(key), names, "key")
+        if isinstance(value, bool):
+            options.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, list):
+            options += [f"--{key}", *map(str, value)]
+        else:
+            options += [f"--{key}", str(value)]
+    return options
+
+
+def _check_name(name: str, names: list[str], kind: str) -> None:
+    plain = name.replace("-", "_")
+    if plain in names or plain.removeprefix("no_") in names:
+        return
+    near = difflib.get_close_matches(plain, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    raise ValueError(f"config: unknown {kind} {name!r}; {hint}")
+
+
+def to_yaml(cfg) -> str:
+    values = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
+    return yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}, sort_keys=False)
+
+
+def run_command(run: Callable, cls: type, prog: str, positional: str | None, argv: list[str]) -> None:
+    """Parses and runs; an error of the input is one line on stderr and exit code 2, an interrupt exit code 130."""
+    try:
+        run(parse(cls, argv, prog, positional))
+    except (ValueError, FileExistsError, FileNotFoundError) as err:
+        if os.environ.get("DDPO_TRACEBACK"):
+            raise
+        print(f"error: {err}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

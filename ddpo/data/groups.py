@@ -1,0 +1,125 @@
+"""The file contract: one prompt a line, with all its responses.
+
+    {"prompt": str | [{"role", "content"}, ...], "responses": [{"text": str, "score": number | null}, ...]}
+
+Other keys are kept. A response without a score counts for deviation and SFT, never in pairs.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Prompt = str | list[dict]
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    text: str
+    score: float | None = None
+    extra: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """where: file and line, for messages. pairs: (chosen, rejected) indices where the source gave them."""
+
+    prompt: Prompt
+    responses: list[Response]
+    where: str
+    extra: dict = field(default_factory=dict)
+    pairs: list[tuple[int, int]] | None = None
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """(file:line, row) of each line that is not blank. Raises ValueError for a line that is no JSON object and for
+    an empty file, FileNotFoundError for none."""
+    path, empty = Path(path), True
+    with path.open("rb") as lines:  # bytes: a line that is not UTF-8 gets its number too
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where, empty = f"{path.name}:{number}", False
+            try:
+                row = json.loads(line)
+            except ValueError as err:
+                raise ValueError(f"{where}: not a line of JSON in UTF-8 ({err})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: wanted a JSON object, got {type(row).__name__}")
+            yield where, row
+    if empty:
+        raise ValueError(f"{path}: the file is empty; wanted one JSON object a line")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def check_prompt(prompt, where: str) -> Prompt:
+    """A prompt is text or chat messages, the last of them the user's. Raises ValueError."""
+    if isinstance(prompt, str):
+        if prompt.strip():
+            return prompt
+        raise ValueError(f"{where}: 'prompt' is empty")
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(f"{where}: 'prompt' must be text or a list of messages, got {json.dumps(prompt)[:60]}")
+    for i, message in enumerate(prompt):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError(f"{where}: message {i} of 'prompt' must have 'role' and 'content' as text")
+    if prompt[-1]["role"] != "user":
+        raise ValueError(f"{where}: the last message of 'prompt' must be the user's, got {prompt[-1]['role']!r}")
+    return prompt
+
+
+def check_text(text, where: str, name: str) -> str:
+    if text is None:
+        raise ValueError(f"{where}: {name} has no 'text'")
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: 'text' of {name} must be text, got {type(text).__name__}")
+    if not text.strip():
+        raise ValueError(f"{where}: 'text' of {name} is empty")
+    return text
+
+
+def check_score(score, where: str, name: str) -> float | None:
+    if score is None:
+        return None
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        raise ValueError(f"{where}: 'score' of {name} must be a finite number or null, got {score!r}")
+    return float(score)
+
+
+def parse_group(row: dict, where: str) -> Group:
+    """A row of the contract as a Group. Raises ValueError with where, which key, wanted and got."""
+    if "prompt" not in row:
+        raise ValueError(f"{where}: has no 'prompt'; its keys are {sorted(row)}")
+    prompt = check_prompt(row["prompt"], where)
+    if not isinstance(row.get("responses"), list) or not row["responses"]:
+        raise ValueError(f"{where}: 'responses' must be a list of at least one response")
+    responses = []
+    for i, response in enumerate(row["responses"]):
+        name = f"response {i}"
+        if not isinstance(response, dict):
+            raise ValueError(f"{where}: {name} must be an object with 'text', got {type(response).__name__}")
+        text = check_text(response.get("text"), where, name)
+        score = check_score(response.get("score"), where, name)
+        responses.append(Response(text, score, {k: v for k, v in response.items() if k not in ("text", "score")}))
+    return Group(prompt, responses, where, {k: v for k, v in row.items() if k not in ("prompt", "responses")})
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """The prompts of a groups file; responses are not needed."""
+    prompts = []
+    for where, row in read_jsonl(path):
+        if "prompt" not in row:
+            raise ValueError(f"{where}: has no 'prompt'; its keys are {sorted(row)}")
+        prompts.append(check_prompt(row["prompt"], where))
+    return prompts
+
+
+def group_row(group: Group) -> dict:
+    """The group as a row of the contract."""
+    responses = [{"text": r.text, "score": r.score, **r.extra} for r in group.responses]
+    return {"prompt": group.prompt, "responses": responses, **group.extra}

@@ -1,0 +1,145 @@
+"""Sources of groups: a JSONL file, a saved data set or one by name, in any of three row formats.
+
+groups           the file contract of ddpo.data.groups
+preference       TRL's rows prompt, chosen, rejected (text or messages); their pairs are taken as given
+writing_prompts  r/WritingPrompts posts: post_title, post_text, comment_texts[], comment_scores[]
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from ddpo.data.groups import Group, Response, check_prompt, check_score, check_text, parse_group, read_jsonl
+
+KEYS = {  # format -> the keys that tell it
+    "groups": ("prompt", "responses"),
+    "preference": ("chosen", "rejected"),
+    "writing_prompts": ("post_title", "comment_texts", "comment_scores"),
+}
+NOT_STORIES = ("**Welcome to the Prompt!**", "this submission has been removed", "**Off-Topic Discussion**")
+
+
+def read_groups(source: str, format: str = "auto", split: str = "train") -> tuple[list[Group], Counter]:
+    """All groups of a source, and what was dropped, by reason.
+
+    Args:
+        source: a .jsonl file, a folder of datasets.save_to_disk, or a data set's name.
+        format: 'auto' (told by the first row's keys) or a key of KEYS.
+        split: of a named data set.
+    Raises: ValueError for rows that break the format, with file and line.
+    """
+    dropped: Counter = Counter()
+    if format == "preference":
+        return _merge_preferences(_rows(source, split)), dropped
+    groups = []
+    for where, row in _rows(source, split):
+        if format == "auto":
+            format = _tell(row, where)
+            if format == "preference":
+                return _merge_preferences(_rows(source, split)), dropped
+        if format == "groups":
+            groups.append(parse_group(row, where))
+        else:
+            group = _writing_prompt(row, where, dropped)
+            if group:
+                groups.append(group)
+    if not groups:
+        raise ValueError(f"{source}: no group is left; dropped: {dict(dropped) or 'nothing'}")
+    return groups, dropped
+
+
+def _rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
+    path = Path(source)
+    if path.is_file():
+        yield from read_jsonl(path)
+        return
+    if path.suffix in (".jsonl", ".json"):
+        raise FileNotFoundError(f"{source}: there is no such file")
+    import datasets
+
+    if path.is_dir():
+        data = datasets.load_from_disk(source)
+        if isinstance(data, datasets.DatasetDict):
+            if split not in data:
+                raise ValueError(f"{source}: has no split {split!r}; it has {sorted(data)}")
+            data = data[split]
+    else:
+        data = datasets.load_dataset(source, split=split, streaming=True)
+    for i, row in enumerate(data):
+        yield f"{path.name}[{i}]", row
+
+
+def _tell(row: dict, where: str) -> str:
+    for format, keys in KEYS.items():
+        if all(key in row for key in keys):
+            return format
+    wanted = "; ".join(f"{format}: {', '.join(keys)}" for format, keys in KEYS.items())
+    raise ValueError(f"{where}: cannot tell the format from the keys {sorted(row)}; wanted {wanted}")
+
+
+# --- preference rows --------------------------------------------------------------------------------------
+
+
+def _merge_preferences(rows: Iterator[tuple[str, dict]]) -> list[Group]:
+    """Rows of one prompt become one group; the same text under the same prompt is the same response."""
+    merged: dict[str, tuple] = {}  # prompt -> prompt, where, {text: index}, pairs
+    for where, row in rows:
+        prompt, chosen, rejected = _preference(row, where)
+        key = json.dumps(prompt, sort_keys=True)
+        _, _, index, pairs = merged.setdefault(key, (prompt, where, {}, []))
+        pairs.append(tuple(index.setdefault(text, len(index)) for text in (chosen, rejected)))
+    return [
+        Group(prompt, [Response(text) for text in index], where, pairs=pairs)
+        for prompt, where, index, pairs in merged.values()
+    ]
+
+
+def _preference(row: dict, where: str):
+    for key in KEYS["preference"]:
+        if key not in row:
+            raise ValueError(f"{where}: has no {key!r}; its keys are {sorted(row)}")
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if prompt is None:  # implicit prompt: the messages that both share
+        if not isinstance(chosen, list) or not isinstance(rejected, list):
+            raise ValueError(f"{where}: has no 'prompt', and 'chosen' and 'rejected' are not messages that hold it")
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    texts = [_completion(value, where, name) for name, value in (("chosen", chosen), ("rejected", rejected))]
+    return check_prompt(prompt, where), *texts
+
+
+def _completion(value, where, name):
+    if isinstance(value, list):
+        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
+            raise ValueError(f"{where}: {name!r} must be text or one message of the assistant after the prompt")
+        value = value[0].get("content")
+    return check_text(value, where, repr(name))
+
+
+# --- r/WritingPrompts -------------------------------------------------------------------------------------
+
+
+def _writing_prompt(row: dict, where: str, dropped: Counter) -> Group | None:
+    for key in KEYS["writing_prompts"]:
+        if key not in row:
+            raise ValueError(f"{where}: has no {key!r}; its keys are {sorted(row)}")
+    texts, scores = row["comment_texts"], row["comment_scores"]
+    if len(texts) != len(scores):
+        raise ValueError(f"{where}: {len(texts)} comment_texts but {len(scores)} comment_scores")
+    title = re.sub(r"^\s*\[[^\]]*\]\s*", "", row["post_title"])
+    responses = []
+    for i, (text, score) in enumerate(zip(texts, scores, strict=True)):
+        if not text or not text.strip():
+            dropped["empty comment"] += 1
+        elif any(mark in text for mark in NOT_STORIES):
+            dropped["comment is no story"] += 1
+        else:
+            responses.append(Response(text, check_score(score, where, f"comment {i}")))
+    if not responses:
+        dropped["post without a story"] += 1
+        return None
+    return Group(f"{title}\n{row.get('post_text') or ''}".strip(), responses, where)

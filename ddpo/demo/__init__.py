@@ -1,0 +1,94 @@
+"""`ddpo demo`: the whole method once, on data and models that come with it."""
+
+import shutil
+import time
+from importlib import resources
+from pathlib import Path
+
+from rich.markup import escape
+
+from ddpo import log
+from ddpo.config import DemoConfig, EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig
+from ddpo.data.groups import parse_group, read_jsonl
+from ddpo.data.prepared import Prepared
+from ddpo.evaluate import evaluate
+from ddpo.generate import generate
+from ddpo.model import PACKAGED
+from ddpo.prepare import prepare
+from ddpo.train import train
+
+SAMPLES = 4
+NEW_TOKENS = 160
+
+
+def demo(cfg: DemoConfig) -> dict:
+    """Prepare, train, generate and evaluate before and after; returns the evaluation's numbers."""
+    start, say = time.perf_counter(), log.console.print
+    out = Path(cfg.out)
+    clear(out)
+    here = resources.files("ddpo.demo")
+    say("[bold]1 prepare[/]: 24 prompts x 6 stories, pairs by score, weights by deviation")
+    prepare(PrepareConfig(source=str(here / "stories.jsonl"), out=str(out / "prepared"), gap=1.0, seed=cfg.seed))
+    say("[bold]2 generate before[/]: 12 held-out prompts x 4 samples")
+    sampling = {
+        "prompts": str(here / "heldout.jsonl"),
+        "num_samples": SAMPLES,
+        "max_new_tokens": NEW_TOKENS,
+        "seed": cfg.seed,
+    }
+    generate(GenerateConfig(**sampling, out=str(out / "before.jsonl")))
+    say("[bold]3 train[/]: DDPO, measures semantic and style")
+    train(
+        TrainConfig(
+            data=str(out / "prepared"),
+            out=str(out / "run"),
+            method="ddpo",
+            lr=cfg.lr,
+            epochs=cfg.epochs,
+            micro_tokens=1024,
+            seed=cfg.seed,
+        )
+    )
+    say("[bold]4 generate after[/]")
+    generate(GenerateConfig(**sampling, out=str(out / "after.jsonl"), adapter=str(out / "run" / "adapter")))
+    say("[bold]5 evaluate[/]")
+    result = evaluate(
+        EvaluateConfig(
+            responses=str(out / "after.jsonl"),
+            before=str(out / "before.jsonl"),
+            out=str(out / "evaluation.json"),
+            model=PACKAGED,
+            seed=cfg.seed,
+        )
+    )
+    summary = Prepared(out / "prepared").manifest["summary"]["weights"]
+    say(f"share of pairs with weight zero: {summary['zero_share']:.0%}")
+    show_samples(out)
+    say(f"\neverything lies in {out}: prepared, run (metrics.jsonl, adapter), before, after and evaluation")
+    say(f"done in {(time.perf_counter() - start) / 60:.1f} minutes")
+    return result
+
+
+def clear(out: Path) -> None:
+    """Makes room for a new demo: an older demo's folder goes, anything else stays and is an error."""
+    if out.exists() and any(out.iterdir()):
+        known = {"prepared", "run", "before.jsonl", "after.jsonl", "evaluation.json"}
+        strange = sorted(p.name for p in out.iterdir() if p.name not in known)
+        if strange:
+            raise FileExistsError(f"{out} holds {', '.join(strange)}, which no demo wrote; give another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def show_samples(out: Path) -> None:
+    """Three stories of the first prompt, before and after."""
+    say = log.console.print
+    groups = {
+        name: parse_group(row, where)
+        for name in ("before", "after")
+        for where, row in [next(iter(read_jsonl(out / f"{name}.jsonl")))]
+    }
+    say(f"\n[bold]{escape(groups['before'].prompt)}[/]")
+    for name, group in groups.items():
+        for i, response in enumerate(group.responses[:3], 1):
+            say(f"\n[bold]{name} {i}[/]: {escape(' '.join(response.text.split()))}")

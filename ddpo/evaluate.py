@@ -1,0 +1,142 @@
+"""`ddpo evaluate`: diversity, length and likelihood of responses, by prompt and averaged; with --before, the change."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from ddpo import distributed, log, metrics
+from ddpo.config import EvaluateConfig
+from ddpo.data.batches import pack, split_by_tokens
+from ddpo.data.groups import Group, parse_group, read_jsonl
+from ddpo.data.tokens import ChatTokens
+from ddpo.encoders import load_encoder
+from ddpo.files import write_json
+from ddpo.model import Policy, find_model, load_model
+
+MEASURES = {  # name -> (label, decimals)
+    "semantic_diversity": ("semantic diversity", 3),
+    "style_diversity": ("style diversity", 3),
+    "distinct_k": ("distinct_k", 2),
+    "num_words": ("mean length, words", 1),
+    "num_tokens": ("mean length, tokens", 1),
+    "logp_per_token": ("mean log-prob under the starting model, nats per token", 3),
+}
+MICRO_TOKENS = 4096  # packed tokens of one forward pass, without gradient
+
+
+def evaluate(cfg: EvaluateConfig) -> dict:
+    """Measures one file of responses, or two of the same prompts; prints a table and returns (and writes) the numbers.
+
+    Raises: ValueError where the files hold bad rows, or other prompts or numbers of samples than each other.
+    """
+    sets = {"after" if cfg.before else "responses": _read(cfg.responses)}
+    if cfg.before:
+        sets = {"before": _read(cfg.before), **sets}
+        if [g.prompt for g in sets["before"]] != [g.prompt for g in sets["after"]]:
+            raise ValueError(f"{cfg.responses} and {cfg.before} hold other prompts, or another order")
+    encoders = {m: load_encoder(getattr(cfg, m), m) for m in ("semantic", "style")}
+    likelihood = _Likelihood(cfg) if cfg.model else None
+    values = {name: _measure(groups, encoders, likelihood, cfg) for name, groups in sets.items()}
+    result = {
+        "settings": asdict(cfg),
+        "num_prompts": len(next(iter(sets.values()))),
+        "mean": {name: {m: float(v.mean()) for m, v in per.items()} for name, per in values.items()},
+        "per_prompt": {name: {m: v.tolist() for m, v in per.items()} for name, per in values.items()},
+    }
+    if cfg.before:
+        result["difference"] = {
+            m: dict(
+                zip(("mean", "low", "high"), metrics.paired_bootstrap(v, values["after"][m], cfg.seed), strict=True)
+            )
+            for m, v in values["before"].items()
+        }
+    show(result)
+    if cfg.out:
+        write_json(cfg.out, result)
+        log.console.print(f"numbers: {cfg.out}")
+    return result
+
+
+def _read(path: str) -> list[Group]:
+    return [parse_group(row, where) for where, row in read_jsonl(path)]
+
+
+def _measure(groups: list[Group], encoders, likelihood, cfg) -> dict[str, np.ndarray]:
+    """Each measure's value per prompt, (R,)."""
+    texts = [r.text for g in groups for r in g.responses]
+    sizes = [len(g.responses) for g in groups]
+    offsets = torch.tensor(np.cumsum([0, *sizes]))
+    embeddings = {m: encode(texts) for m, encode in encoders.items()}
+    values = {f"{m}_diversity": metrics.diversity(e, offsets).numpy() for m, e in embeddings.items()}
+    values["distinct_k"] = metrics.distinct_k(embeddings["semantic"], offsets, cfg.distinct_threshold).double().numpy()
+    if likelihood is None:
+        per_response = {"num_words": np.array([len(t.split()) for t in texts], float)}
+    else:
+        logp, num_tokens = likelihood(groups)
+        per_response = {"num_tokens": num_tokens, "logp_per_token": logp / num_tokens}
+    means = {m: np.add.reduceat(v, offsets[:-1].numpy()) / np.array(sizes) for m, v in per_response.items()}
+    return values | means
+
+
+@dataclass(frozen=True)
+class _TokenLists:
+    """A TokenSource over lists."""
+
+    prompts: list[np.ndarray]  # of each response
+    responses: list[np.ndarray]
+
+    def prompt_ids(self, response):
+        return self.prompts[response]
+
+    def response_ids(self, response):
+        return self.responses[response]
+
+
+class _Likelihood:
+    """Groups -> summed log-prob (R,) in nats and number of tokens (R,) of each response under one model."""
+
+    def __init__(self, cfg: EvaluateConfig):
+        self.device = distributed.device()
+        self.tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
+        self.policy = Policy(load_model(cfg.model, None, "auto", self.device))
+
+    @torch.inference_mode()
+    def __call__(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
+        lists = _TokenLists([], [])
+        for group in groups:
+            prompt, responses = self.tokens.group_ids(group.prompt, [r.text for r in group.responses], group.where)
+            lists.prompts.extend([np.array(prompt)] * len(responses))
+            lists.responses.extend(map(np.array, responses))
+        num_tokens = np.array([len(ids) for ids in lists.responses])
+        length = num_tokens + np.array([len(ids) for ids in lists.prompts])
+        logp = np.empty(len(length))
+        batches = list(split_by_tokens(list(np.arange(len(length))[:, None]), length, MICRO_TOKENS))
+        for responses in log.track(batches, "log-probs", len(batches)):
+            batch = pack(lists, np.array(responses)).to(self.device)
+            logp[responses] = self.policy(batch).double().cpu().numpy()
+        return logp, num_tokens
+
+
+def show(result: dict) -> None:
+    """The table for people: a column a file, and the difference with its 95 % interval."""
+    means, difference = result["mean"], result.get("difference")
+    table = Table(title=f"{result['num_prompts']} prompts, means over prompts")
+    table.add_column("measure")
+    for name in means:
+        table.add_column(name, justify="right")
+    if difference:
+        table.add_column("difference [95 % interval]")
+    for measure in next(iter(means.values())):
+        label, decimals = MEASURES[measure]
+        row = [label, *(f"{values[measure]:.{decimals}f}" for values in means.values())]
+        if difference:
+            row.append(_interval(difference[measure], decimals))
+        table.add_row(*row)
+    log.console.print(table)
+
+
+def _interval(d: dict, decimals: int) -> str:
+    text = f"{d['mean']:+.{decimals}f} [{d['low']:+.{decimals}f}, {d['high']:+.{decimals}f}]"
+    return text if d["low"] > 0 or d["high"] < 0 else f"{text} could be none"

@@ -1,0 +1,121 @@
+"""Preference losses as pure functions of sequence log-probs: (S,) in, one value per pair (P,) or sequence (S,) out.
+
+Letters: S sequences (unique responses), P pairs. `logp` (S,) is the sum over a response's tokens, in nats;
+`pairs` (P, 2) int64 holds rows of `logp`: chosen, rejected; `weight` (P,) is the chosen response's weight, mean
+one in its group. Nothing is averaged here: the caller divides by the pairs of the whole optimiser step, pairs of
+weight 0 included. Spec: ddpo.reference. Source: arXiv 2503.17126 and where said.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def margin(logp: Tensor, ref_logp: Tensor, pairs: Tensor) -> Tensor:
+    """(logp_c - ref_c) - (logp_r - ref_r): (P,) nats."""
+    rewards = logp - ref_logp  # (S,)
+    return rewards[pairs[:, 0]] - rewards[pairs[:, 1]]
+
+
+def dpo(logp: Tensor, ref_logp: Tensor, pairs: Tensor, *, beta: float = 0.1) -> Tensor:
+    """Direct preference optimisation (arXiv 2305.18290): -log sigmoid(beta * margin).
+
+    Args:
+        logp, ref_logp: (S,) nats, of the policy and of the reference policy.
+        pairs: (P, 2) int64, chosen and rejected.
+        beta: strength of the pull to the reference, unitless, > 0.
+    Returns: (P,) nats.
+    """
+    return -F.logsigmoid(beta * margin(logp, ref_logp, pairs))
+
+
+def ddpo(logp: Tensor, ref_logp: Tensor, pairs: Tensor, weight: Tensor, *, beta: float = 0.1) -> Tensor:
+    """Diversified DPO: weight * dpo. weight (P,); the other arguments as in `dpo`. Returns (P,)."""
+    return weight * dpo(logp, ref_logp, pairs, beta=beta)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, with finite gradients at both ends."""
+    near_zero = x > -math.log(2)
+    small = torch.log(-torch.expm1(torch.where(near_zero, x, -1.0)))  # the -1 keeps the branch not taken finite
+    large = torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x)))
+    return torch.where(near_zero, small, large)
+
+
+def log_odds(logp: Tensor, num_tokens: Tensor, pairs: Tensor) -> Tensor:
+    """Log odds ratio of the mean token log-probs lm = logp / num_tokens: (P,). lm is kept under -2^-24."""
+    lm = (logp / num_tokens).clamp(max=-(2.0**-24))  # (S,)
+    logit = lm - log1mexp(lm)
+    return logit[pairs[:, 0]] - logit[pairs[:, 1]]
+
+
+def nll(logp: Tensor, num_tokens: Tensor, pairs: Tensor, tokens_per_pair: Tensor | float | None = None) -> Tensor:
+    """Negative log-likelihood of the chosen: (P,) nats per token.
+
+    tokens_per_pair None: each pair its own token mean (the paper). Else the number of chosen tokens per pair over
+    the whole step, so that the mean over pairs is the mean over the step's tokens (TRL, Liger, the release).
+    """
+    chosen = pairs[:, 0]
+    return -logp[chosen] / (num_tokens[chosen] if tokens_per_pair is None else tokens_per_pair)
+
+
+def orpo(
+    logp: Tensor,
+    num_tokens: Tensor,
+    pairs: Tensor,
+    *,
+    beta: float = 0.25,
+    nll_logp: Tensor | None = None,
+    nll_num_tokens: Tensor | None = None,
+    tokens_per_pair: Tensor | float | None = None,
+) -> Tensor:
+    """Odds-ratio preference optimisation (arXiv 2403.07691): NLL_c - beta * log sigmoid(log_odds).
+
+    Args:
+        logp: (S,) nats. num_tokens: (S,) tokens of each response, >= 1. pairs: (P, 2) int64.
+        beta: weight of the odds-ratio term (the paper's lambda).
+        nll_logp, nll_num_tokens: (S,) where the NLL covers other tokens than the response's (prompt tokens too).
+        tokens_per_pair: see `nll`.
+    Returns: (P,).
+    """
+    likelihood = nll(
+        logp if nll_logp is None else nll_logp,
+        num_tokens if nll_num_tokens is None else nll_num_tokens,
+        pairs,
+        tokens_per_pair,
+    )
+    return likelihood - beta * F.logsigmoid(log_odds(logp, num_tokens, pairs))
+
+
+def dorpo(
+    logp: Tensor,
+    num_tokens: Tensor,
+    pairs: Tensor,
+    weight: Tensor,
+    *,
+    beta: float = 0.25,
+    dorpo_weight: str = "outside",
+    **nll_options,
+) -> Tensor:
+    """Diversified ORPO: weight * orpo, both terms.
+
+    Args: as `orpo`, and
+        weight: (P,).
+        dorpo_weight: 'outside' (paper) | 'inside' (released code: log sigmoid(w * log_odds), and the NLL times the
+            mean weight of the pairs given; the release's batch is one rank's micro-batch).
+    Returns: (P,).
+    Raises: ValueError for another dorpo_weight.
+    """
+    if dorpo_weight == "outside":
+        return weight * orpo(logp, num_tokens, pairs, beta=beta, **nll_options)
+    if dorpo_weight == "inside":
+        likelihood = orpo(logp, num_tokens, pairs, beta=0.0, **nll_options)
+        return weight.mean() * likelihood - beta * F.logsigmoid(weight * log_odds(logp, num_tokens, pairs))
+    raise ValueError(f"dorpo: dorpo_weight must be 'outside' or 'inside', got {dorpo_weight!r}")
+
+
+def sft(logp: Tensor) -> Tensor:
+    """Supervised fine-tuning: -logp, (S,) nats; the caller divides by the tokens of the whole step."""
+    return -logp

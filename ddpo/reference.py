@@ -1,0 +1,122 @@
+"""Every definition in plain PyTorch: the specification. Exact in float64, slow, and called by tests and
+benchmark gates only. Source of the formulas: arXiv 2503.17126; where another paper is meant it is named.
+
+Letters: N rows, D width, V vocabulary, S sequences, P pairs, n responses of one group.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def linear_logp(hidden, head, targets, bias=None, scale=1.0, softcap=None):
+    """Log-probability of each target: z = scale * (h.W_v + b_v), capped; logp = z_y - logsumexp(z).
+
+    hidden (N, D), head (V, D), targets (N,) int64, bias (V,) -> (N,) nats.
+    """
+    z = hidden @ head.T
+    if bias is not None:
+        z = z + bias
+    z = scale * z
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return torch.log_softmax(z, dim=-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def log1mexp(x):
+    """log(1 - e^x) for x < 0, stable at both ends (Maechler, "Accurately computing log(1 - exp(-|a|))")."""
+    near_zero = x > -0.6931471805599453  # -ln 2
+    a = torch.where(near_zero, torch.log(-torch.expm1(torch.where(near_zero, x, -1.0))), 0.0)
+    b = torch.where(near_zero, 0.0, torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x))))
+    return a + b
+
+
+# --- losses of one pair: log-probs in nats, summed (lp) or per token (lm); w the pair's weight ------------
+
+
+def dpo(lp_c, lp_r, ref_c, ref_r, beta=0.1):
+    """-log sigmoid(beta * margin), margin = (lp_c - ref_c) - (lp_r - ref_r). arXiv 2305.18290, eq. 7."""
+    return -F.logsigmoid(beta * ((lp_c - ref_c) - (lp_r - ref_r)))
+
+
+def ddpo(lp_c, lp_r, ref_c, ref_r, w, beta=0.1):
+    """w * DPO."""
+    return w * dpo(lp_c, lp_r, ref_c, ref_r, beta)
+
+
+def log_odds(lm_c, lm_r):
+    """(lm_c - lm_r) - (log1mexp(lm_c) - log1mexp(lm_r)), each lm clamped to at most -2^-24."""
+    lm_c, lm_r = lm_c.clamp(max=-(2.0**-24)), lm_r.clamp(max=-(2.0**-24))
+    return (lm_c - lm_r) - (log1mexp(lm_c) - log1mexp(lm_r))
+
+
+def orpo(lm_c, lm_r, beta=0.25):
+    """-lm_c - beta * log sigmoid(log_odds). arXiv 2403.07691, eq. 6 (its lambda is beta here)."""
+    return -lm_c - beta * F.logsigmoid(log_odds(lm_c, lm_r))
+
+
+def dorpo(lm_c, lm_r, w, beta=0.25):
+    """w * ORPO: both terms carry the weight."""
+    return w * orpo(lm_c, lm_r, beta)
+
+
+def dorpo_release(lm_c, lm_r, w, nll_batch, beta=0.25):
+    """The released code: the weight inside the sigmoid, NLL the batch's token mean times the mean weight."""
+    return w.mean() * nll_batch - beta * F.logsigmoid(w * log_odds(lm_c, lm_r))
+
+
+def sft(lp, num_tokens):
+    """Negative log-likelihood per token over the whole step: -sum lp / sum num_tokens."""
+    return -lp.sum() / num_tokens.sum()
+
+
+# --- distance, deviation, weight: one group of n responses -----------------------------------------------
+
+
+def pairwise_distance(embeddings, metric="cosine"):
+    """(n, D) -> (n, n). cosine: 1 - cos, in [0, 2]; euclidean: the 2-norm of the difference."""
+    if metric == "cosine":
+        unit = embeddings / embeddings.norm(dim=1, keepdim=True)
+        return 1 - unit @ unit.T
+    if metric == "euclidean":
+        return (embeddings[:, None] - embeddings[None]).norm(dim=2)
+    raise ValueError(f"pairwise_distance: metric must be 'cosine' or 'euclidean', got {metric!r}")
+
+
+def mean_distance(embeddings, metric="cosine"):
+    """d_i = 1/(n-1) * sum_{j != i} distance(i, j); 0 for n = 1. (n, D) -> (n,)."""
+    n = len(embeddings)
+    off_diagonal = pairwise_distance(embeddings, metric) * (1 - torch.eye(n, dtype=embeddings.dtype))
+    return off_diagonal.sum(1) / max(n - 1, 1)
+
+
+def mean_cosine_distance_closed(embeddings):
+    """The same for cosine in O(n D): with unit vectors e and s = sum_j e_j, d_i = (n - e_i.s)/(n-1)."""
+    n = len(embeddings)
+    unit = embeddings / embeddings.norm(dim=1, keepdim=True)
+    return (n - unit @ unit.sum(0)) / max(n - 1, 1) if n > 1 else torch.zeros(n, dtype=embeddings.dtype)
+
+
+def relative_distance(d):
+    """u_i = (d_i - min d)/(max d - min d); all ones where max - min <= 1e-6 * max(1, max d)."""
+    spread = d.max() - d.min()
+    if spread <= 1e-6 * max(1.0, float(d.max())):
+        return torch.ones_like(d)
+    return (d - d.min()) / spread
+
+
+def deviation(distances, combine="geometric", min_deviation=0.0):
+    """g_i over k measures, distances: list of (n,). Geometric or arithmetic mean of u, floored."""
+    u = torch.stack([relative_distance(d) for d in distances])
+    g = u.prod(0) ** (1 / len(distances)) if combine == "geometric" else u.mean(0)
+    return g.clamp(min=min_deviation)
+
+
+def weights(g, release_floor=False):
+    """w_i = g_i / mean(g): mean one in the group. release_floor: at least 0.2, after normalising."""
+    w = g / g.mean() if g.max() > g.min() else torch.ones_like(g)
+    return w.clamp(min=0.2) if release_floor else w
+
+
+def mean_pairwise_distance(embeddings, metric="cosine"):
+    """Diversity of a set of outputs: the mean distance over its n(n-1)/2 pairs."""
+    return mean_distance(embeddings, metric).mean()

@@ -1,0 +1,123 @@
+"""Shared by the tests: tolerances, a tiny tokenizer and tiny models, real data where it lies beside the project."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("DDPO_SHARED_DATA", ROOT.parent / "shared" / "data"))
+torch.use_deterministic_algorithms(True)  # with it torch.empty and at::empty arrive full of NaN
+
+
+def close_to_truth(ours, same_dtype, truth, factor=2.0, floor=1e-6):
+    """Our error against float64 may be at most `factor` times PyTorch's own in the same dtype. All tolerances of
+    kernels live here."""
+    assert torch.isfinite(ours).all()
+    error = (ours.double() - truth).abs().max()
+    base = (same_dtype.double() - truth).abs().max()
+    floor = floor * float(truth.abs().max().clamp(min=1)) if ours.dtype != torch.float64 else 1e-13
+    assert error <= factor * base + floor, f"error {error:.3e}, PyTorch's own {base:.3e}"
+
+
+def relative(a, b):
+    """Relative L2 distance of two tensors or two dicts of tensors."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = (torch.cat([x[k].double().reshape(-1) for k in sorted(x)]) for x in (a, b))
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer(template=CHATML):
+    """One token a byte, and two special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_model(family="llama", seed=0, **changes):
+    """A random causal model of two layers, float64, and as many tokens as the tiny tokenizer has."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": 258,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 257,
+    }
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**sizes, **changes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """The tiny Llama and its tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+STORIES = [
+    (
+        "Write of a sea.",
+        [("The sea was calm.", 3), ("No sea here, just sand!", 1), ("Waves; more waves...", 2), ("Tide", 5)],
+    ),
+    (
+        "Write of a hill.",
+        [("A hill rose up.", 2), ("Hills? I walked all day.", 4), ("Up, up and up.", 4), ("Grass.", 1)],
+    ),
+    ("Write of a bird.", [("It sang.", 1), ("The bird had a plan.", 2), ("Feathers fell on the roof", 3), ("Sky", 4)]),
+    ("Write of a door.", [("It would not open.", 5), ("Knock knock.", 1), ("Oak, old, shut", 2), ("Who is it?", 3)]),
+]
+
+
+def write_groups(path, groups=STORIES):
+    rows = ({"prompt": p, "responses": [{"text": t, "score": s} for t, s in r]} for p, r in groups)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def groups_file(tmp_path_factory):
+    return write_groups(tmp_path_factory.mktemp("groups") / "groups.jsonl")
+
+
+@pytest.fixture(scope="session")
+def prepared_folder(tmp_path_factory, model_folder, groups_file):
+    """The four small groups, paired by `all` and weighed by style (the semantic encoder would load for seconds)."""
+    from ddpo.config import PrepareConfig
+    from ddpo.prepare import prepare
+
+    out = tmp_path_factory.mktemp("prepared") / "folder"
+    prepare(
+        PrepareConfig(
+            source=str(groups_file), out=str(out), model=model_folder, pairs="all", gap=1.0, measures=("style",)
+        )
+    )
+    return str(out)

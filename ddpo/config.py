@@ -100,8 +100,8 @@ class TrainConfig:
     """The run folder to make: config, card, metrics.jsonl, checkpoints, and the adapter or model at the end."""
     model: str = "smollm2-135m-instruct"
     """Policy to start from: a folder, a hub name or 'smollm2-135m-instruct'."""
-    adapter: str | None = None
-    """LoRA adapter merged into the model first (an SFT run's, say); the reference policy then holds it too."""
+    adapter: tuple[str, ...] = ()
+    """LoRA adapters merged into the model first, in order (an SFT run's, say); the reference policy holds them too."""
     method: Literal["sft", "dpo", "ddpo", "orpo", "dorpo"] = "ddpo"
     """The loss."""
     beta: float | None = None
@@ -169,8 +169,8 @@ class GenerateConfig:
     """JSONL file to write."""
     model: str = "smollm2-135m-instruct"
     """A folder, a hub name or 'smollm2-135m-instruct'."""
-    adapter: str | None = None
-    """LoRA adapter over it, for example runs/mine/adapter."""
+    adapter: tuple[str, ...] = ()
+    """LoRA adapters over it, in the order they were trained: runs/sft/adapter runs/ddpo/adapter."""
     num_samples: int = 4
     """Responses of each prompt."""
     max_new_tokens: int = 2048
@@ -233,7 +233,7 @@ class DemoConfig:
     """Where everything is written; a previous demo there is replaced."""
     seed: int = 0
     """Seed of pairs, training and sampling."""
-    lr: float = 2e-4
+    lr: float = 5e-4
     """Peak learning rate."""
     epochs: int = 2
     """Passes over the pairs."""

@@ -100,7 +100,7 @@ class _Likelihood:
     def __init__(self, cfg: EvaluateConfig):
         self.device = distributed.device()
         self.tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
-        self.policy = Policy(load_model(cfg.model, None, "auto", self.device))
+        self.policy = Policy(load_model(cfg.model, (), "auto", self.device))
 
     @torch.inference_mode()
     def __call__(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,9 +13,11 @@ from pathlib import Path
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder that appears under its name when the block ends, and not at all when the block raises.
 
-    Raises: FileExistsError where something of that name lies already, unless overwrite.
+    Raises: FileExistsError where a file of that name lies, or a folder unless overwrite.
     """
     path = Path(path)
+    if path.is_file():
+        raise FileExistsError(f"{path} is a file; wanted the name of a folder")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already; give another name or --overwrite")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +27,7 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield draft
         for file in (p for p in draft.rglob("*") if p.is_file()):
-            _sync(file)
+            sync(file)
         if path.exists():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)
@@ -33,7 +35,7 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             draft.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -46,9 +48,9 @@ def new_file(path: str | Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield draft
-        _sync(draft)
+        sync(draft)
         draft.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -67,7 +69,8 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until the file's content, or the folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

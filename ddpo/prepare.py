@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.markup import escape
 
 from ddpo import __version__, deviation, log
 from ddpo.config import PrepareConfig, WeighConfig, Weighing
@@ -35,7 +36,7 @@ def prepare(cfg: PrepareConfig) -> Path:
     embeddings = embed([r.text for g in train for r in g.responses], cfg)
     offsets = np.cumsum([0, *(len(g.responses) for g in train)])
     pairs, gap_summary = make_pairs(train, offsets, embeddings, cfg)
-    weighting, weights_summary = weigh_pairs(offsets, np.array(pairs).reshape(-1, 3), embeddings, cfg)
+    weighting, weights_summary = weigh_pairs(offsets, np.array(pairs, np.int64).reshape(-1, 3), embeddings, cfg)
     summary = {
         "prompts": len(train),
         "responses": int(offsets[-1]),
@@ -202,4 +203,4 @@ def show(summary: dict, folder: Path) -> None:
         f"weights of the pairs: mean {weights['mean']:.3f}, zero {weights['zero_share']:.0%}, "
         f"effective sample size {weights['effective_sample_size']:.1f} of {weights['count']}"
     )
-    say(f"prepared folder: {folder}")
+    say(f"prepared folder: {escape(str(folder))}")

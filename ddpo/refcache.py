@@ -17,7 +17,7 @@ from ddpo.model import Policy
 def reference_logp(
     policy: Policy, data: Prepared, needed: np.ndarray, micro_tokens: int, device: torch.device
 ) -> torch.Tensor:
-    """(R,) float64 nats of the needed responses, nan for others not in the cache. Only what the cache lacks is computed.
+    """(R,) float64 nats, nan where neither needed nor cached. Only what the cache lacks is computed.
 
     The cache's key is a hash of base weights and tokens: settings, weights of pairs and adapters do not touch it.
     """

@@ -55,6 +55,7 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
     """
     rank, world = distributed.start()
     run = check_run(cfg)
+    distributed.barrier()  # all have looked before one writes
     state = setup(cfg, rank, world, run)
     if rank == 0 and not cfg.resume:
         begin_run(cfg, run)
@@ -67,12 +68,12 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
             note = report(state, pending, journal)
             pending = latest
             bar.update(task, completed=state.step, note=note)
-            last = state.step == state.plan.num_steps
-            if last or stop.requested or (cfg.save_every and state.step % cfg.save_every == 0):
+            ends = stop.requested or state.step == state.plan.num_steps  # asked once: a signal may come any time
+            if ends or (cfg.save_every and state.step % cfg.save_every == 0):
                 bar.update(task, note=report(state, pending, journal))
                 pending = None
                 save(state, run)
-            if stop.requested and not last:
+            if ends:
                 break
     if rank == 0:
         journal.close()
@@ -81,7 +82,9 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
             log.console.print(f"stopped at step {state.step} of {state.plan.num_steps}; go on with --resume")
         raise SystemExit(130)
     if rank == 0:
-        log.console.print(f"trained {state.step} steps; wrote {state.policy.export(run)}")
+        path = state.policy.export(run)
+        over = f"; use it over {', '.join(cfg.adapter)}" if cfg.adapter else ""
+        log.console.print(f"trained {state.step} steps; wrote {path}{over}")
     distributed.barrier()
     return run
 

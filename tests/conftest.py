@@ -51,8 +51,12 @@ def tiny_tokenizer(template=CHATML):
     return tokenizer
 
 
-def tiny_model(family="llama", seed=0, **changes):
-    """A random causal model of two layers, float64, and as many tokens as the tiny tokenizer has."""
+def tiny_model(family="starcoder2", seed=0, **changes):
+    """A random causal model of two layers, float64, and as many tokens as the tiny tokenizer has.
+
+    Starcoder2's norms are computed in the model's dtype. Llama's and others' are float32 whatever that is, which now
+    and then turns a float64 rounding step into one of 1e-8.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {
@@ -76,8 +80,8 @@ def tiny_model(family="llama", seed=0, **changes):
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """The tiny Llama and its tokenizer, saved."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
+    """The tiny model and its tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("tiny-model")
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
@@ -121,3 +125,18 @@ def prepared_folder(tmp_path_factory, model_folder, groups_file):
         )
     )
     return str(out)
+
+
+@pytest.fixture
+def make_prepared(tmp_path, model_folder, groups_file):
+    """Prepares groups (default: the four small ones) into tmp_path/out, by default every pair, weighed by style."""
+    from ddpo.config import PrepareConfig
+    from ddpo.data.prepared import Prepared
+    from ddpo.prepare import prepare
+
+    def make(groups=None, **changes):
+        source = write_groups(tmp_path / "source.jsonl", groups) if groups else groups_file
+        usual = {"source": str(source), "model": model_folder, "pairs": "all", "gap": 1.0, "measures": ("style",)}
+        return Prepared(prepare(PrepareConfig(**{**usual, "out": str(tmp_path / "out"), **changes})))
+
+    return make

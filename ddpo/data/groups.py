@@ -6,7 +6,7 @@ Other keys are kept. A response without a score counts for deviation and SFT, ne
 """
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
             where, empty = f"{path.name}:{number}", False
             try:
                 row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair, escaped, is no text
             except ValueError as err:
                 raise ValueError(f"{where}: not a line of JSON in UTF-8 ({err})") from None
             if not isinstance(row, dict):
@@ -54,7 +55,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     with path.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        out.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def check_prompt(prompt, where: str) -> Prompt:
@@ -70,6 +71,8 @@ def check_prompt(prompt, where: str) -> Prompt:
             raise ValueError(f"{where}: message {i} of 'prompt' must have 'role' and 'content' as text")
     if prompt[-1]["role"] != "user":
         raise ValueError(f"{where}: the last message of 'prompt' must be the user's, got {prompt[-1]['role']!r}")
+    if not prompt[-1]["content"].strip():
+        raise ValueError(f"{where}: the last message of 'prompt' is empty")
     return prompt
 
 
@@ -86,7 +89,7 @@ def check_text(text, where: str, name: str) -> str:
 def check_score(score, where: str, name: str) -> float | None:
     if score is None:
         return None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
         raise ValueError(f"{where}: 'score' of {name} must be a finite number or null, got {score!r}")
     return float(score)
 
@@ -96,10 +99,12 @@ def parse_group(row: dict, where: str) -> Group:
     if "prompt" not in row:
         raise ValueError(f"{where}: has no 'prompt'; its keys are {sorted(row)}")
     prompt = check_prompt(row["prompt"], where)
-    if not isinstance(row.get("responses"), list) or not row["responses"]:
-        raise ValueError(f"{where}: 'responses' must be a list of at least one response")
+    listed = row.get("responses")
+    if not isinstance(listed, list) or not listed:
+        got = "an empty list" if listed == [] else type(listed).__name__
+        raise ValueError(f"{where}: 'responses' must be a list of at least one response, got {got}")
     responses = []
-    for i, response in enumerate(row["responses"]):
+    for i, response in enumerate(listed):
         name = f"response {i}"
         if not isinstance(response, dict):
             raise ValueError(f"{where}: {name} must be an object with 'text', got {type(response).__name__}")

@@ -127,12 +127,24 @@ def _writing_prompt(row: dict, where: str, dropped: Counter) -> Group | None:
     for key in KEYS["writing_prompts"]:
         if key not in row:
             raise ValueError(f"{where}: has no {key!r}; its keys are {sorted(row)}")
+    title, body = row["post_title"], row.get("post_text")
     texts, scores = row["comment_texts"], row["comment_scores"]
+    if not isinstance(title, str) or not isinstance(body, str | None):
+        raise ValueError(f"{where}: 'post_title' and 'post_text' must be text, got {title!r:.40} and {body!r:.40}")
+    if not isinstance(texts, list) or not isinstance(scores, list):
+        got = f"{type(texts).__name__} and {type(scores).__name__}"
+        raise ValueError(f"{where}: 'comment_texts' and 'comment_scores' must be lists, got {got}")
     if len(texts) != len(scores):
         raise ValueError(f"{where}: {len(texts)} comment_texts but {len(scores)} comment_scores")
-    title = re.sub(r"^\s*\[[^\]]*\]\s*", "", row["post_title"])
+    title = re.sub(r"^\s*\[[^\]]*\]\s*", "", title)
+    prompt = f"{title}\n{body or ''}".strip()
+    if not prompt:  # a title that was its tag alone, as in [deleted by user]
+        dropped["post without a prompt"] += 1
+        return None
     responses = []
     for i, (text, score) in enumerate(zip(texts, scores, strict=True)):
+        if not isinstance(text, str | None):
+            raise ValueError(f"{where}: comment {i} must be text, got {type(text).__name__}")
         if not text or not text.strip():
             dropped["empty comment"] += 1
         elif any(mark in text for mark in NOT_STORIES):
@@ -142,4 +154,4 @@ def _writing_prompt(row: dict, where: str, dropped: Counter) -> Group | None:
     if not responses:
         dropped["post without a story"] += 1
         return None
-    return Group(f"{title}\n{row.get('post_text') or ''}".strip(), responses, where)
+    return Group(prompt, responses, where)

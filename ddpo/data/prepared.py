@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ddpo.data.groups import Group, Prompt
-from ddpo.files import read_json, sha256, write_json
+from ddpo.files import read_json, sha256, sync, write_json
 
 FORMAT = 1
 
@@ -44,18 +44,22 @@ def weigh(folder: Path, weighting: dict, manifest: dict) -> None:
     names = {name: old["files"][name] for name in ("groups", "responses")}
     tables = _weighting_tables(np.column_stack([data.pair_group, data.pairs]), weighting)
     _write_manifest(folder, {**old, **manifest}, names, tables)
-    for name in ("pairs", "deviation"):
-        stale = old["files"][name]["path"]
-        if stale != read_json(folder / "manifest.json")["files"][name]["path"]:
-            (folder / stale).unlink()
+    current = {file["path"] for file in read_json(folder / "manifest.json")["files"].values()}
+    for table in folder.glob("*.arrow"):  # the old weighting's, and what a weighing that failed left
+        if table.name not in current:
+            table.unlink()
+
+
+def _json(value):
+    return json.dumps(value, ensure_ascii=False, default=str)  # a data set's rows may hold dates
 
 
 def _groups_table(groups, tokens):
     return pa.table(
         {
-            "prompt": [json.dumps(g.prompt, ensure_ascii=False) for g in groups],
+            "prompt": [_json(g.prompt) for g in groups],
             "prompt_ids": pa.array([ids for ids, _ in tokens], pa.large_list(pa.int32())),
-            "extra": [json.dumps(g.extra, ensure_ascii=False) for g in groups],
+            "extra": [_json(g.extra) for g in groups],
         }
     )
 
@@ -68,7 +72,7 @@ def _responses_table(groups, tokens):
             "text": pa.array([r.text for _, r in rows], pa.large_string()),
             "score": pa.array([r.score for _, r in rows], pa.float64()),
             "ids": pa.array([ids for _, responses in tokens for ids in responses], pa.large_list(pa.int32())),
-            "extra": [json.dumps(r.extra, ensure_ascii=False) for _, r in rows],
+            "extra": [_json(r.extra) for _, r in rows],
         }
     )
 
@@ -85,6 +89,7 @@ def _write_table(folder, name, table):
     draft = folder / f".{name}.arrow"
     with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
+    sync(draft)
     digest = sha256(draft)
     path = f"{name}-{digest[:12]}.arrow"
     draft.replace(folder / path)

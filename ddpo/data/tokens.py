@@ -51,27 +51,34 @@ class ChatTokens:
 
     def group_ids(self, prompt: Prompt, texts: list[str], where: str) -> tuple[list[int], list[list[int]]]:
         """Token ids of the prompt and of each response. Raises ValueError for a template that cannot be split."""
-        prompt_ids = self.prompt_ids(prompt)
+        prompt_text = self.prompt_text(prompt)
+        prompt_ids = self._ids([prompt_text])[0]
         bos = self.tokenizer.bos_token_id
         if bos is not None and prompt_ids[:2] == [bos, bos]:
             raise ValueError(f"{where}: the chat template doubles the BOS token {self.tokenizer.bos_token!r}")
         turns = [[*_messages(prompt), {"role": "assistant", "content": text}] for text in texts]
-        whole = self._ids([self._render(messages) for messages in turns])
-        return prompt_ids, [self._after(prompt_ids, ids, where) for ids in whole]
-
-    def _after(self, prompt_ids, ids, where):
-        if ids[: len(prompt_ids)] != prompt_ids:
+        wholes = [self._render(messages) for messages in turns]
+        if not all(whole.startswith(prompt_text) for whole in wholes):
             raise ValueError(
-                f"{where}: the prompt's tokens are not the start of prompt and response together; the chat template "
-                f"of {self.tokenizer.name_or_path!r} renders the generation prompt differently: give another with "
+                f"{where}: the prompt is not the start of prompt and response together; the chat template of "
+                f"{self.tokenizer.name_or_path!r} renders the generation prompt differently: give another with "
                 "--chat-template FILE"
             )
+        responses = []
+        for whole, ids in zip(wholes, self._ids(wholes), strict=True):
+            if ids[: len(prompt_ids)] == prompt_ids:
+                rest = ids[len(prompt_ids) :]
+            else:  # a leading line break merged with the prompt's last: generation goes on from the prompt's own tokens
+                rest = self._ids([whole[len(prompt_text) :]])[0]
+            responses.append(self._through_end_of_turn(rest))
+        return prompt_ids, responses
+
+    def _through_end_of_turn(self, ids):
         end = len(ids)
-        while end > len(prompt_ids) and ids[end - 1] not in self._special_ids:
+        while end and ids[end - 1] not in self._special_ids:
             end -= 1
-        if end == len(prompt_ids):  # the template marks no end of turn: generation must learn to stop all the same
-            return [*ids[len(prompt_ids) :], self.tokenizer.eos_token_id]
-        return ids[len(prompt_ids) : end]
+        # a template may mark no end of turn: generation must learn to stop all the same
+        return ids[:end] if end else [*ids, self.tokenizer.eos_token_id]
 
     def _render(self, messages, **options):
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)

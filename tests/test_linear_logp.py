@@ -1,0 +1,183 @@
+"""linear_logp against the float64 reference, and the traps that broke its peers."""
+
+import pytest
+import torch
+from conftest import close_to_truth, relative
+
+from ddpo import reference
+from ddpo.ops import linear_logp, rows, sequence_sum
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+need_cpp = pytest.mark.skipif(not rows.has_cpp(), reason="ddpo._C was not built")
+impls = pytest.mark.parametrize("impl", ["torch", pytest.param("cpp", marks=need_cpp)])
+
+
+def case(N, D, V, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden, head, bias = (torch.randn(*s, generator=g) for s in ((N, D), (V, D), (V,)))
+    targets = torch.randint(0, V, (N,), generator=g)
+    upstream = torch.randn(N, generator=g)  # not uniform: ones alone hid errors of peers
+    return [x.to(dtype) for x in (hidden, head, bias)], targets, upstream
+
+
+def gradients(f, tensors, targets, upstream, dtype, trained, **options):
+    """logp and the gradients asked for: hidden's, and if trained head's and bias's."""
+    hidden, head, bias = (x.to(dtype, copy=True) for x in tensors)
+    inputs = [hidden.requires_grad_()]
+    if trained:
+        inputs += [head.requires_grad_(), bias.requires_grad_()]
+    logp = f(hidden, head, targets, bias=bias, **options)
+    return [logp.detach(), *torch.autograd.grad(logp, inputs, upstream.to(logp.dtype))]
+
+
+@impls
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["", "softcap"])
+@pytest.mark.parametrize("N, D, V", [(1, 1, 1), (5, 3, 31), (33, 16, 1000), (64, 32, 5003)], ids=str)
+def test_matches_reference(impl, dtype, trained, softcap, N, D, V):
+    tensors, targets, upstream = case(N, D, V, dtype)
+    common = {"scale": 0.7, "softcap": softcap}
+    ours = gradients(linear_logp, tensors, targets, upstream, dtype, trained, **common, impl=impl)
+    plain = gradients(reference.linear_logp, tensors, targets, upstream, dtype, trained, **common)
+    truth = gradients(reference.linear_logp, tensors, targets, upstream, torch.float64, trained, **common)
+    assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for o, p, t in zip(ours, plain, truth, strict=True):
+        close_to_truth(o, p, t)
+
+
+@impls
+def test_chunks_do_not_matter(impl, monkeypatch):
+    """Many chunks, the last one ragged, agree with one chunk; no chunk is a single row."""
+    tensors, targets, upstream = case(101, 8, 300, torch.float64)
+    whole = gradients(linear_logp, tensors, targets, upstream, torch.float64, True, impl=impl)
+    monkeypatch.setattr(rows, "CPU_CHUNK_BYTES", 300 * 8 * 10)
+    sizes = [c.stop - c.start for c in rows.chunks(101, tensors[1])]
+    assert len(sizes) == 10 and min(sizes) >= 2 and sum(sizes) == 101
+    for a, b in zip(
+        gradients(linear_logp, tensors, targets, upstream, torch.float64, True, impl=impl), whole, strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@impls
+def test_empty(impl):
+    (hidden, head, _), targets, _ = case(0, 4, 9, torch.float32)
+    logp = linear_logp(hidden.requires_grad_(), head, targets, impl=impl)
+    logp.sum().backward()
+    assert logp.shape == (0,) and hidden.grad.shape == (0, 4)
+
+
+@impls
+def test_bitwise_reruns_and_threads(impl):
+    tensors, targets, upstream = case(40, 16, 2001, torch.float32)
+    first = gradients(linear_logp, tensors, targets, upstream, torch.float32, True, impl=impl)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        again = gradients(linear_logp, tensors, targets, upstream, torch.float32, True, impl=impl)
+    finally:
+        torch.set_num_threads(before)
+    rerun = gradients(linear_logp, tensors, targets, upstream, torch.float32, True, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(first, rerun, strict=True))
+    assert torch.equal(first[0], again[0])
+
+
+def test_frozen_head_keeps_nothing_of_size_v():
+    """Deferred scale: what autograd keeps is the rows' gradient, (N, D)."""
+    (hidden, head, _), targets, _ = case(64, 8, 4096, torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        linear_logp(hidden.requires_grad_(), head, targets)
+    assert saved == [(64, 8)]
+
+
+def test_no_gradient_wanted_keeps_nothing():
+    (hidden, head, _), targets, _ = case(64, 8, 4096, torch.float32)
+    with torch.no_grad():
+        assert not linear_logp(hidden.requires_grad_(), head, targets).requires_grad
+
+
+def test_values_at_the_edges():
+    """Huge logits, a certain target, targets first and last in the vocabulary, unaligned targets."""
+    head = torch.eye(5) * 1000
+    hidden = torch.eye(5) * 10
+    targets = torch.tensor([9, 0, 4, 2, 3, 0])[1:]  # not 16-byte aligned
+    truth = reference.linear_logp(hidden.double(), head.double(), targets)
+    assert truth.min() == -10000 and truth.max() == 0
+    for impl in ("torch", "cpp") if rows.has_cpp() else ("torch",):
+        torch.testing.assert_close(linear_logp(hidden, head, targets, impl=impl).double(), truth, rtol=1e-6, atol=0)
+
+
+def test_autocast():
+    (hidden, head, _), targets, upstream = case(12, 16, 100, torch.float32)
+    hidden.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        logp = linear_logp(hidden, head, targets)
+    (grad,) = torch.autograd.grad(logp, hidden, upstream)
+    plain = (hidden.detach(), head, torch.zeros(100))
+    truth = gradients(reference.linear_logp, plain, targets, upstream, torch.float64, False)
+    assert logp.dtype == torch.float32 and relative(logp.detach(), truth[0]) < 1e-2 and relative(grad, truth[1]) < 2e-2
+
+
+def test_float16_head_on_a_cpu():
+    (hidden, head, _), targets, _ = case(6, 16, 100, torch.float16)
+    truth = reference.linear_logp(hidden.double(), head.double(), targets)
+    torch.testing.assert_close(linear_logp(hidden, head, targets).double(), truth, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden": torch.zeros(3, 4, 1)}, r"hidden must be floating point \(N, D\), got torch.float32 \(3, 4, 1\)"),
+        ({"hidden": torch.zeros(3, 4, dtype=torch.int32)}, "hidden must be floating point"),
+        ({"head": torch.zeros(7, 5)}, r"head must be torch.float32 \(V, 4\) with V >= 1, got torch.float32 \(7, 5\)"),
+        ({"head": torch.zeros(7, 4, dtype=torch.float64)}, "head must be torch.float32"),
+        (
+            {"targets": torch.zeros(2, dtype=torch.int64)},
+            r"must be int64 \(N,\) = \(3,\), got torch.int64 \(2,\)",
+        ),
+        ({"targets": torch.zeros(3, dtype=torch.int32)}, "targets must be int64"),
+        ({"targets": torch.tensor([0, -100, 1])}, r"must lie in \[0, V\) = \[0, 7\), got -100 to 1"),
+        ({"targets": torch.tensor([0, 7, 1])}, r"targets must lie in"),
+        ({"bias": torch.zeros(4)}, r"bias must be torch.float32 \(V,\) = \(7,\)"),
+        ({"softcap": 0.0}, "softcap must be positive or None, got 0.0"),
+        ({"scale": -1.0}, "scale must be positive, got -1.0"),
+        ({"impl": "cuda"}, "impl must be 'auto', 'torch' or 'cpp', got 'cuda'"),
+    ],
+)
+def test_bad_input(change, message):
+    good = {"hidden": torch.zeros(3, 4), "head": torch.zeros(7, 4), "targets": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=message):
+        linear_logp(**{**good, **change})
+
+
+def test_cpp_missing_is_said(monkeypatch):
+    monkeypatch.setattr(rows, "has_cpp", lambda: False)
+    (hidden, head, _), targets, _ = case(2, 4, 9, torch.float32)
+    linear_logp(hidden, head, targets)  # auto goes on in PyTorch
+    with pytest.raises(RuntimeError, match=r"was not built.*DDPO_BUILD_CPP=1"):
+        linear_logp(hidden, head, targets, impl="cpp")
+
+
+@need_cpp
+def test_opcheck():
+    z, targets = torch.randn(5, 40), torch.randint(0, 40, (5,))
+    torch.library.opcheck(torch.ops.ddpo.row_logp_.default, (z, targets, True))
+    with pytest.raises(RuntimeError, match=r"targets must be a contiguous int64 \(5,\)"):
+        torch.ops.ddpo.row_logp_(z, targets.int(), False)
+    with pytest.raises(RuntimeError, match=r"targets must lie in \[0, 40\), got 40"):
+        torch.ops.ddpo.row_logp_(z, torch.full((5,), 40), False)
+
+
+def test_sequence_sum():
+    values = torch.arange(6.0, requires_grad=True)
+    out = sequence_sum(values, torch.tensor([0, 2, 2, 6]))
+    assert out.tolist() == [1.0, 0.0, 14.0]
+    out.backward(torch.tensor([1.0, 5.0, 2.0]))
+    assert values.grad.tolist() == [1, 1, 2, 2, 2, 2]
+    assert sequence_sum(values[:0], torch.tensor([0])).shape == (0,)
+    with pytest.raises(ValueError, match="row offsets"):
+        sequence_sum(values, torch.tensor([0, 6], dtype=torch.int32))
+    with pytest.raises(ValueError, match="floating point"):
+        sequence_sum(torch.arange(3), torch.tensor([0, 3]))

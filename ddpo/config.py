@@ -15,8 +15,31 @@ import yaml
 Config = TypeVar("Config")
 
 
+class _Checked:
+    """Numbers that only make sense above zero are checked wherever a config is made."""
+
+    _POSITIVE = (
+        *("max_pairs", "max_length", "epochs", "batch_size", "micro_tokens", "lr", "beta", "lora_r", "lora_alpha"),
+        *(
+            "keep_checkpoints",
+            "max_steps",
+            "num_samples",
+            "max_new_tokens",
+            "temperature",
+            "top_p",
+            "repetition_penalty",
+        ),
+    )
+
+    def __post_init__(self):
+        for name in self._POSITIVE:
+            value = getattr(self, name, None)
+            if value is not None and not value > 0:
+                raise ValueError(f"config: {name} must be greater than 0, got {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Weighing:
+class Weighing(_Checked):
     """How weights come from texts: encoders, distances, deviations."""
 
     measures: tuple[Literal["semantic", "style"], ...] = ("semantic", "style")
@@ -65,7 +88,7 @@ class PrepareConfig(Weighing):
     max_length: int = 2048
     """Most tokens of prompt and response together."""
     too_long: Literal["drop", "truncate"] = "drop"
-    """What happens to longer responses; truncate keeps the start."""
+    """What happens to longer responses; truncate keeps the start (of the tokens: deviation sees the whole text)."""
     holdout: float = 0.0
     """Share of the prompts kept out of the folder and written to its heldout.jsonl (paper: 0.1)."""
     chat_template: str | None = None
@@ -88,7 +111,7 @@ class WeighConfig(Weighing):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(_Checked):
     """Trains a policy on a prepared folder: SFT, DPO, DDPO, ORPO or DORPO.
 
     Example: ddpo train prepared --out runs/ddpo --method ddpo --lr 2e-5 --epochs 3
@@ -157,7 +180,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(_Checked):
     """Samples responses to prompts, to JSONL in the groups contract.
 
     Example: ddpo generate heldout.jsonl --adapter runs/ddpo/adapter --out after.jsonl
@@ -196,7 +219,7 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(_Checked):
     """Measures diversity, length and likelihood of generated responses; with --before, what changed.
 
     Example: ddpo evaluate after.jsonl --before before.jsonl --model smollm2-135m-instruct
@@ -223,7 +246,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(_Checked):
     """Runs the whole method once: prepare, train, generate and evaluate before and after.
 
     Example: ddpo demo

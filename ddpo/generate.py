@@ -44,6 +44,8 @@ def sample(model, tokens: ChatTokens, prompts: list[Prompt], cfg: GenerateConfig
     ]
     tokenizer, texts = tokens.tokenizer, [[""] * cfg.num_samples for _ in prompts]
     starts = range(0, len(jobs), cfg.batch_size)
+    own = model.generation_config.eos_token_id
+    stop_ids = sorted({*tokens.stop_ids(), *(own if isinstance(own, list) else [] if own is None else [own])})
     with log.progress() as bar:
         for at in starts:
             batch = jobs[at : at + cfg.batch_size]
@@ -67,6 +69,7 @@ def sample(model, tokens: ChatTokens, prompts: list[Prompt], cfg: GenerateConfig
                 repetition_penalty=1.0,
                 min_new_tokens=1,
                 max_new_tokens=cfg.max_new_tokens,
+                eos_token_id=stop_ids,
                 pad_token_id=tokenizer.eos_token_id,
             )
             bar.remove_task(task)
@@ -79,8 +82,6 @@ class Draw(LogitsProcessor):
     """Temperature, top-k, top-p, then one token per row by the Gumbel-max trick with the row's own generator."""
 
     def __init__(self, jobs: list[tuple[int, int]], cfg: GenerateConfig, on_token=lambda: None):
-        if cfg.temperature <= 0:
-            raise ValueError(f"generate: temperature must be positive, got {cfg.temperature}")
         self._generators = [np.random.default_rng([cfg.seed, i, k]) for i, k in jobs]
         self._cfg, self._on_token = cfg, on_token
 

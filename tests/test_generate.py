@@ -51,7 +51,7 @@ def test_probabilities_of_draws():
     torch.testing.assert_close(
         draws(logits, top_k=0, top_p=1.0, temperature=0.5).numpy(), cold.astype(np.float32), atol=0.03, rtol=0
     )
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match="temperature must be greater than 0, got 0"):
         draws(logits, temperature=0)
 
 

@@ -65,14 +65,14 @@ def test_preference_rows_merge_by_prompt(source, format, prompts, row):
     [
         ({"prompt": "p", "chosen": "a"}, r"has no 'rejected'; its keys are \['chosen', 'prompt'\]"),
         ({"prompt": "p", "chosen": "a", "rejected": " "}, "'text' of 'rejected' is empty"),
-        ({"prompt": "p", "chosen": None, "rejected": "b"}, "'chosen' has no 'text'"),
+        ({"prompt": "p", "chosen": None, "rejected": "b"}, "'chosen' is null"),
         ({"chosen": "a", "rejected": "b"}, "has no 'prompt', and 'chosen' and 'rejected' are not messages"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "'prompt' must be text or a list of messages"),
         (
             {"prompt": "p", "chosen": [user("p"), assistant("a")], "rejected": "b"},
-            "'chosen' must be text or one message of the assistant",
+            "'chosen' must be text or end with one message of the assistant",
         ),
-        ({"prompt": "p", "chosen": "a", "rejected": [user("b")]}, "'rejected' must be text or one message"),
+        ({"prompt": "p", "chosen": "a", "rejected": [user("b")]}, "'rejected' must be text or end with one message"),
         ({"prompt": [assistant("p")], "chosen": "a", "rejected": "b"}, "the last message of 'prompt' must be"),
     ],
 )
@@ -201,3 +201,17 @@ def test_saved_splits_of_preference_rows(save, format):
 def test_bad_row_of_a_data_set(save):
     with pytest.raises(ValueError, match=r"^saved\[1\]: 'text' of response 0 is empty"):
         read_groups(save([{"prompt": "p", "responses": [{"text": t}]} for t in ("a", " ")]))
+
+
+def test_whole_conversations_beside_the_prompt(tmp_path):
+    """Rows that give the prompt and repeat it inside chosen and rejected, as UltraFeedback's do."""
+    asked = {"role": "user", "content": "Why?"}
+    row = {"prompt": "Why?"} | {k: [asked, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (group,), _ = read_groups(str(path))
+    assert [r.text for r in group.responses] == ["chosen", "rejected"] and group.pairs == [(0, 1)]
+    row["chosen"][0] = {"role": "user", "content": "Something else?"}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: 'chosen' must be text or end with one message"):
+        read_groups(str(path))

@@ -128,3 +128,14 @@ def test_fingerprint_is_of_vocabulary_and_template(chatml, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["more"])
     assert ChatTokens(tokenizer).fingerprint() != chatml.fingerprint()
+
+
+def test_only_the_first_end_of_turn_is_kept():
+    """A template that adds more after the end of the turn; generation stops at that token too."""
+    tokens = ChatTokens(
+        tiny_tokenizer(
+            CHATML.replace("{% if add", "{% if not add_generation_prompt %}<|im_start|>{% endif %}{% if add")
+        )
+    )
+    _, (ids,) = tokens.group_ids("Q", ["A"], "x")
+    assert ids == [*tokens.tokenizer("A")["input_ids"], 257] and tokens.stop_ids() == [257]

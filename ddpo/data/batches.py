@@ -24,7 +24,7 @@ class TokenSource(Protocol):
 class Batch:
     input_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (T,) int64, from 0 in each sequence
-    cu_seqlens: Tensor  # (S+1,) int32 offsets of the sequences in T
+    cu_seqlens: Tensor  # (S+1,) int32 offsets of the sequences in T; on the host, where attention splits by them
     rows: Tensor  # (N,) int64 positions in T whose hidden state predicts a target
     targets: Tensor  # (N,) int64
     segments: Tensor  # (K+1,) int64 offsets in N: S responses, then their S prompts where those are scored too
@@ -34,7 +34,8 @@ class Batch:
     weight: Tensor  # (P,) float64
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        return Batch(**{**moved, "cu_seqlens": self.cu_seqlens})
 
 
 def pack(

@@ -108,15 +108,24 @@ def _preference(row: dict, where: str):
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    texts = [_completion(value, where, name) for name, value in (("chosen", chosen), ("rejected", rejected))]
-    return check_prompt(prompt, where), *texts
+    prompt = check_prompt(prompt, where)
+    return prompt, *(
+        _completion(row, prompt, where, name) for name, row in (("chosen", chosen), ("rejected", rejected))
+    )
 
 
-def _completion(value, where, name):
+def _completion(value, prompt, where, name):
+    """The response's text: given as text, as the assistant's message, or at the end of the whole conversation."""
+    if value is None:
+        raise ValueError(f"{where}: {name!r} is null")
     if isinstance(value, list):
-        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
-            raise ValueError(f"{where}: {name!r} must be text or one message of the assistant after the prompt")
-        value = value[0].get("content")
+        *before, last = value or [None]
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not isinstance(last, dict) or last.get("role") != "assistant" or before not in ([], asked):
+            raise ValueError(
+                f"{where}: {name!r} must be text or end with one message of the assistant after the prompt"
+            )
+        value = last.get("content")
     return check_text(value, where, repr(name))
 
 

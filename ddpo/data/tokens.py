@@ -73,12 +73,15 @@ class ChatTokens:
             responses.append(self._through_end_of_turn(rest))
         return prompt_ids, responses
 
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a response: the tokenizer's own and the one that the chat template ends a turn with."""
+        _, (response,) = self.group_ids("a prompt", ["a response"], "chat template")
+        return sorted({self.tokenizer.eos_token_id, response[-1]})
+
     def _through_end_of_turn(self, ids):
-        end = len(ids)
-        while end and ids[end - 1] not in self._special_ids:
-            end -= 1
+        end = next((i for i, token in enumerate(ids) if token in self._special_ids), None)
         # a template may mark no end of turn: generation must learn to stop all the same
-        return ids[:end] if end else [*ids, self.tokenizer.eos_token_id]
+        return [*ids, self.tokenizer.eos_token_id] if end is None else ids[: end + 1]
 
     def _render(self, messages, **options):
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)

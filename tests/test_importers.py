@@ -69,7 +69,7 @@ def test_preference_rows_merge_by_prompt(source, format, prompts, row):
         ({"chosen": "a", "rejected": "b"}, "has no 'prompt', and 'chosen' and 'rejected' are not messages"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "'prompt' must be text or a list of messages"),
         (
-            {"prompt": "p", "chosen": [user("p"), assistant("a")], "rejected": "b"},
+            {"prompt": "p", "chosen": [user("q"), assistant("a")], "rejected": "b"},
             "'chosen' must be text or end with one message of the assistant",
         ),
         ({"prompt": "p", "chosen": "a", "rejected": [user("b")]}, "'rejected' must be text or end with one message"),

@@ -32,7 +32,7 @@ def demo_table() -> str:
     zero = ", ".join(f"{run['zero_share']:.0%}" for run in result["runs"])
     lines += [
         "",
-        f"Bold: the interval does not hold 0. Pairs of weight zero: {zero} (seeds {', '.join(seeds)}). "
+        f"Bold: the interval leaves out 0. Log-prob at start: of the responses under the starting model. Pairs of weight zero: {zero} (seeds {', '.join(seeds)}). "
         f"Slowest run {minutes:.1f} minutes, install not counted; peak memory {peak / 1024:.1f} GiB. "
         f"Two CPU cores ({result['machine']['platform'].split('-')[0]}, torch {result['versions']['torch']}), "
         f"commit {result['commit']}; numbers in `benchmarks/results/demo.json`.",

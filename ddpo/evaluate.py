@@ -21,7 +21,7 @@ MEASURES = {  # name -> (label, decimals)
     "distinct_k": ("distinct_k", 2),
     "num_words": ("mean length, words", 1),
     "num_tokens": ("mean length, tokens", 1),
-    "logp_per_token": ("mean log-prob under the starting model, nats per token", 3),
+    "logp_per_token": ("log-prob at start, nats/token", 3),
 }
 MICRO_TOKENS = 4096  # packed tokens of one forward pass, without gradient
 
@@ -120,23 +120,25 @@ class _Likelihood:
 
 
 def show(result: dict) -> None:
-    """The table for people: a column a file, and the difference with its 95 % interval."""
+    """The table for people: a column a file, the difference with its 95 % interval, and whether that leaves out 0."""
     means, difference = result["mean"], result.get("difference")
     table = Table(title=f"{result['num_prompts']} prompts, means over prompts")
     table.add_column("measure")
     for name in means:
         table.add_column(name, justify="right")
     if difference:
-        table.add_column("difference [95 % interval]")
+        table.add_column("difference [95 %]")
+        table.add_column("clear?")
     for measure in next(iter(means.values())):
         label, decimals = MEASURES[measure]
         row = [label, *(f"{values[measure]:.{decimals}f}" for values in means.values())]
         if difference:
-            row.append(_interval(difference[measure], decimals))
+            d = difference[measure]
+            row.append(f"{d['mean']:+.{decimals}f} [{d['low']:+.{decimals}f}, {d['high']:+.{decimals}f}]")
+            row.append("yes" if d["low"] > 0 or d["high"] < 0 else "no")
         table.add_row(*row)
     log.console.print(table)
-
-
-def _interval(d: dict, decimals: int) -> str:
-    text = f"{d['mean']:+.{decimals}f} [{d['low']:+.{decimals}f}, {d['high']:+.{decimals}f}]"
-    return text if d["low"] > 0 or d["high"] < 0 else f"{text} could be none"
+    if difference:
+        log.console.print("clear? no: the interval holds 0, the difference may be chance")
+    if "logp_per_token" in next(iter(means.values())):
+        log.console.print("log-prob at start: mean log-prob of the responses under the starting model")

@@ -77,7 +77,7 @@ def test_generate_and_evaluate(model_folder, tmp_path, capsys):
     assert all(d == {"mean": 0, "low": 0, "high": 0} for d in result["difference"].values())
     assert result["mean"]["before"]["logp_per_token"] < 0
     out = capsys.readouterr().out
-    assert "could be none" in out and "mean length, tokens" in out
+    assert "the interval holds 0" in out and "mean length, tokens" in out
     with pytest.raises(ValueError, match="other prompts"):
         other = write_groups(tmp_path / "other.jsonl", STORIES[:2])
         evaluate(EvaluateConfig(responses=cfg.out, before=str(other), semantic=_semantic()))

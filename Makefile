@@ -7,7 +7,8 @@ BIN := .venv/bin
 # with an NVIDIA GPU the newest torch; without, the one the CPU figures were measured with
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 SETUP := .venv/.installed
-export PIP_EXTRA_INDEX_URL PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_EXTRA_INDEX_URL
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint format clean
 

@@ -30,13 +30,15 @@ def demo_table() -> str:
         lines.append("| " + " | ".join([label, *means, *differences]) + " |")
     minutes, peak = max(r["seconds"] for r in result["runs"]) / 60, max(r["peak_mib"] for r in result["runs"])
     zero = ", ".join(f"{run['zero_share']:.0%}" for run in result["runs"])
-    lines += [
-        "",
-        f"Bold: the interval leaves out 0. Log-prob at start: of the responses under the starting model. Pairs of weight zero: {zero} (seeds {', '.join(seeds)}). "
-        f"Slowest run {minutes:.1f} minutes, install not counted; peak memory {peak / 1024:.1f} GiB. "
-        f"Two CPU cores ({result['machine']['platform'].split('-')[0]}, torch {result['versions']['torch']}), "
-        f"commit {result['commit']}; numbers in `benchmarks/results/demo.json`.",
+    notes = [
+        "Bold: the interval leaves out 0.",
+        "Log-prob at start: of the responses under the starting model, nats per token.",
+        f"Pairs of weight zero: {zero} (seeds {', '.join(seeds)}).",
+        f"Slowest run {minutes:.1f} minutes, install not counted; peak memory {peak / 1024:.1f} GiB.",
+        f"Two CPU cores, torch {result['versions']['torch']}, commit {result['commit']}:",
+        "`benchmarks/results/demo.json`.",
     ]
+    lines += ["", " ".join(notes)]
     return "\n".join(lines)
 
 

@@ -58,6 +58,8 @@ class Weighing(_Checked):
     """Deviations are raised to at least this (0 to 1) before normalising; keeps winners that weight 0 would drop."""
     release_floor: bool = False
     """Weights are raised to at least 0.2 after normalising."""
+    trust_remote_code: bool = False
+    """Let an encoder's repository run its own code (jinaai/jina-embeddings-v3 needs it)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,8 @@ class PrepareConfig(Weighing):
 class WeighConfig(Weighing):
     """Weighs a prepared folder anew, its pairs as they are; the old weights stay until the new are whole.
 
+    Options not given have their defaults, not what the folder was weighed with before.
+
     Example: ddpo weigh prepared --measures semantic
     """
 
@@ -123,8 +127,8 @@ class TrainConfig(_Checked):
     """The run folder to make: config, card, metrics.jsonl, checkpoints, and the adapter or model at the end."""
     model: str = "smollm2-135m-instruct"
     """Policy to start from: a folder, a hub name or 'smollm2-135m-instruct'."""
-    adapter: tuple[str, ...] = ()
-    """LoRA adapters merged into the model first, in order (an SFT run's, say); the reference policy holds them too."""
+    adapter: str | None = None
+    """LoRA adapter to go on from (an SFT run's): the reference policy holds it, the adapter written includes it."""
     method: Literal["sft", "dpo", "ddpo", "orpo", "dorpo"] = "ddpo"
     """The loss."""
     beta: float | None = None
@@ -192,8 +196,8 @@ class GenerateConfig(_Checked):
     """JSONL file to write."""
     model: str = "smollm2-135m-instruct"
     """A folder, a hub name or 'smollm2-135m-instruct'."""
-    adapter: tuple[str, ...] = ()
-    """LoRA adapters over it, in the order they were trained: runs/sft/adapter runs/ddpo/adapter."""
+    adapter: str | None = None
+    """LoRA adapter over it, for example runs/ddpo/adapter."""
     num_samples: int = 4
     """Responses of each prompt."""
     max_new_tokens: int = 2048
@@ -239,6 +243,8 @@ class EvaluateConfig(_Checked):
     """Semantic encoder, as in `ddpo prepare`."""
     style: str = "builtin"
     """Style encoder, as in `ddpo prepare`."""
+    trust_remote_code: bool = False
+    """Let an encoder's repository run its own code."""
     distinct_threshold: float = 0.25
     """Two responses count as the same to distinct_k when their semantic cosine distance is under this."""
     seed: int = 0
@@ -274,6 +280,7 @@ def parse(cls: type[Config], argv: list[str], prog: str, positional: str | None 
     if positional and argv and not argv[0].startswith("-"):
         argv[:1] = [f"--{positional}", argv[0]]
     from_file: list[str] = []
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if "--config" in argv:
         at = argv.index("--config")
         path = argv[at + 1] if at + 1 < len(argv) else ""
@@ -327,7 +334,7 @@ def run_command(run: Callable, cls: type, prog: str, positional: str | None, arg
     """Parses and runs; an error of the input is one line on stderr and exit code 2, an interrupt exit code 130."""
     try:
         run(parse(cls, argv, prog, positional))
-    except (ValueError, FileExistsError, FileNotFoundError) as err:
+    except (ValueError, OSError) as err:
         if os.environ.get("DDPO_TRACEBACK"):
             raise
         print(f"error: {err}", file=sys.stderr)

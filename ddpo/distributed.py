@@ -10,7 +10,11 @@ def start() -> tuple[int, int]:
     """(rank, world size); joins the process group where torchrun started several."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+            dist.init_process_group("nccl", device_id=device())
+        else:
+            dist.init_process_group("gloo")
     return (dist.get_rank(), world) if dist.is_initialized() else (0, 1)
 
 
@@ -35,6 +39,15 @@ def all_reduce(tensors: list[torch.Tensor]) -> None:
         dist.all_reduce(flat)
         for t, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
             t.copy_(part.view_as(t))
+
+
+def any_of_us(flag: bool) -> bool:
+    """Whether the flag is true in any process; the same answer in all."""
+    if not dist.is_initialized():
+        return flag
+    total = torch.tensor(float(flag), device=device())
+    dist.all_reduce(total)
+    return bool(total > 0)
 
 
 def barrier() -> None:

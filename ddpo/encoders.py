@@ -37,12 +37,13 @@ STATISTICS = Path(__file__).with_name("style.json")
 NUM_HASHED = 256
 
 
-def load_encoder(name: str, measure: str) -> Callable[[Sequence[str]], torch.Tensor]:
+def load_encoder(name: str, measure: str, trust_remote_code: bool = False) -> Callable[[Sequence[str]], torch.Tensor]:
     """texts -> (n, D) float32 embeddings on the CPU, with a progress bar.
 
     Args:
         name: 'builtin' (style only), 'minilm', or a sentence-transformers model by folder or hub name.
         measure: 'semantic' or 'style', for messages.
+        trust_remote_code: let the model's repository run its own code.
     Raises: ValueError where the name is none of these.
     """
     if name == "builtin":
@@ -54,7 +55,7 @@ def load_encoder(name: str, measure: str) -> Callable[[Sequence[str]], torch.Ten
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model = SentenceTransformer(path)
+    model = SentenceTransformer(path, trust_remote_code=trust_remote_code)
 
     def encode(texts):
         return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float().cpu()

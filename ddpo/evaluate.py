@@ -21,7 +21,8 @@ MEASURES = {  # name -> (label, decimals)
     "distinct_k": ("distinct_k", 2),
     "num_words": ("mean length, words", 1),
     "num_tokens": ("mean length, tokens", 1),
-    "logp_per_token": ("log-prob at start, nats/token", 3),
+    "logp_per_token": ("log-prob at start", 3),
+    "cut_share": ("share cut off", 2),
 }
 MICRO_TOKENS = 4096  # packed tokens of one forward pass, without gradient
 
@@ -34,9 +35,10 @@ def evaluate(cfg: EvaluateConfig) -> dict:
     sets = {"after" if cfg.before else "responses": _read(cfg.responses)}
     if cfg.before:
         sets = {"before": _read(cfg.before), **sets}
-        if [g.prompt for g in sets["before"]] != [g.prompt for g in sets["after"]]:
-            raise ValueError(f"{cfg.responses} and {cfg.before} hold other prompts, or another order")
-    encoders = {m: load_encoder(getattr(cfg, m), m) for m in ("semantic", "style")}
+        shapes = [[(g.prompt, len(g.responses)) for g in groups] for groups in sets.values()]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{cfg.responses} and {cfg.before} hold other prompts, another order or other counts")
+    encoders = {m: load_encoder(getattr(cfg, m), m, cfg.trust_remote_code) for m in ("semantic", "style")}
     likelihood = _Likelihood(cfg) if cfg.model else None
     values = {name: _measure(groups, encoders, likelihood, cfg) for name, groups in sets.items()}
     result = {
@@ -76,6 +78,7 @@ def _measure(groups: list[Group], encoders, likelihood, cfg) -> dict[str, np.nda
     else:
         logp, num_tokens = likelihood(groups)
         per_response = {"num_tokens": num_tokens, "logp_per_token": logp / num_tokens}
+    per_response["cut_share"] = np.array([r.extra.get("finished") is False for g in groups for r in g.responses], float)
     means = {m: np.add.reduceat(v, offsets[:-1].numpy()) / np.array(sizes) for m, v in per_response.items()}
     return values | means
 
@@ -100,15 +103,16 @@ class _Likelihood:
     def __init__(self, cfg: EvaluateConfig):
         self.device = distributed.device()
         self.tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
-        self.policy = Policy(load_model(cfg.model, (), "auto", self.device))
+        self.policy = Policy(load_model(cfg.model, None, "auto", self.device))
 
     @torch.inference_mode()
     def __call__(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
         lists = _TokenLists([], [])
         for group in groups:
             prompt, responses = self.tokens.group_ids(group.prompt, [r.text for r in group.responses], group.where)
-            lists.prompts.extend([np.array(prompt)] * len(responses))
-            lists.responses.extend(map(np.array, responses))
+            lists.prompts.extend([prompt] * len(responses))
+            cut = [r.extra.get("finished") is False for r in group.responses]  # never ended: no end of turn to score
+            lists.responses.extend(ids[:-1] if c else ids for ids, c in zip(responses, cut, strict=True))
         num_tokens = np.array([len(ids) for ids in lists.responses])
         length = num_tokens + np.array([len(ids) for ids in lists.prompts])
         logp = np.empty(len(length))
@@ -141,4 +145,4 @@ def show(result: dict) -> None:
     if difference:
         log.console.print("clear? no: the interval holds 0, the difference may be chance")
     if "logp_per_token" in next(iter(means.values())):
-        log.console.print("log-prob at start: mean log-prob of the responses under the starting model")
+        log.console.print("log-prob at start: of the responses under the starting model, nats per token")

@@ -28,6 +28,8 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         yield draft
         for file in (p for p in draft.rglob("*") if p.is_file()):
             sync(file)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists already; give another name or --overwrite")
         if path.exists():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)

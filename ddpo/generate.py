@@ -23,41 +23,35 @@ def generate(cfg: GenerateConfig) -> Path:
     device = distributed.device()
     tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
     model = load_model(cfg.model, cfg.adapter, cfg.dtype, device)
-    texts = sample(model, tokens, prompts, cfg)
+    samples = sample(model, tokens, prompts, cfg)
     with new_file(out) as draft:
-        rows = (
-            {"prompt": p, "responses": [{"text": t, "score": None} for t in texts[i]]} for i, p in enumerate(prompts)
-        )
-        write_jsonl(draft, rows)
+        write_jsonl(draft, ({"prompt": p, "responses": found} for p, found in zip(prompts, samples, strict=True)))
     log.console.print(f"wrote {len(prompts)} x {cfg.num_samples} responses to {out}")
     return out
 
 
 @torch.inference_mode()
-def sample(model, tokens: ChatTokens, prompts: list[Prompt], cfg: GenerateConfig) -> list[list[str]]:
-    """texts[prompt][sample]; prompts of similar length share a batch, padded on the left."""
+def sample(model, tokens: ChatTokens, prompts: list[Prompt], cfg: GenerateConfig) -> list[list[dict]]:
+    """Responses (text, score, finished) of each prompt; finished is false where max_new_tokens cut it off.
+
+    Prompts of similar length share a batch, padded on the left.
+    """
     prompt_ids = [tokens.prompt_ids(p) for p in prompts]
-    jobs = [
-        (i, k)
-        for i in np.argsort([len(ids) for ids in prompt_ids], kind="stable").tolist()
-        for k in range(cfg.num_samples)
-    ]
-    tokenizer, texts = tokens.tokenizer, [[""] * cfg.num_samples for _ in prompts]
-    starts = range(0, len(jobs), cfg.batch_size)
+    by_length = np.argsort([len(ids) for ids in prompt_ids], kind="stable").tolist()
+    jobs = [(i, k) for i in by_length for k in range(cfg.num_samples)]
+    samples: list[list[dict]] = [[{}] * cfg.num_samples for _ in prompts]
     own = model.generation_config.eos_token_id
     stop_ids = sorted({*tokens.stop_ids(), *(own if isinstance(own, list) else [] if own is None else [own])})
     with log.progress() as bar:
-        for at in starts:
+        for at in range(0, len(jobs), cfg.batch_size):
             batch = jobs[at : at + cfg.batch_size]
-            task = bar.add_task(
-                f"sampling {at // cfg.batch_size + 1}/{len(starts)}", total=cfg.max_new_tokens, note="tokens"
-            )
+            task = bar.add_task(f"samples {at + 1}-{at + len(batch)}", total=cfg.max_new_tokens, note="tokens")
             width = max(len(prompt_ids[i]) for i, _ in batch)
             room = [width - len(prompt_ids[i]) for i, _ in batch]
             # padding is masked; a token of the prompt itself, so that the repetition penalty sees nothing new in it
             ids = torch.tensor([prompt_ids[i][:1] * n + prompt_ids[i] for (i, _), n in zip(batch, room, strict=True)])
             mask = (torch.arange(width) >= torch.tensor(room)[:, None]).long()
-            draw = Draw(batch, cfg, on_token=lambda task=task: bar.advance(task))
+            draw = Draw(batch, cfg, stop_ids, tokens.tokenizer, on_token=lambda task=task: bar.advance(task))
             processors = LogitsProcessorList([draw])
             if cfg.repetition_penalty != 1.0:
                 processors.insert(0, RepetitionPenaltyLogitsProcessor(cfg.repetition_penalty))
@@ -67,31 +61,41 @@ def sample(model, tokens: ChatTokens, prompts: list[Prompt], cfg: GenerateConfig
                 logits_processor=processors,
                 do_sample=False,  # Draw leaves one token a row: taking the best of it is the sample
                 repetition_penalty=1.0,
-                min_new_tokens=1,
                 max_new_tokens=cfg.max_new_tokens,
                 eos_token_id=stop_ids,
-                pad_token_id=tokenizer.eos_token_id,
+                pad_token_id=stop_ids[0],
             )
             bar.remove_task(task)
             for (i, k), row in zip(batch, result[:, width:].tolist(), strict=True):
-                texts[i][k] = tokenizer.decode(row, skip_special_tokens=True).strip()
-    return texts
+                text = tokens.tokenizer.decode(row, skip_special_tokens=True).strip()
+                samples[i][k] = {"text": text, "score": None, "finished": any(token in stop_ids for token in row)}
+    return samples
 
 
 class Draw(LogitsProcessor):
-    """Temperature, top-k, top-p, then one token per row by the Gumbel-max trick with the row's own generator."""
+    """Temperature, top-k, top-p, then one token per row by the Gumbel-max trick with the row's own generator.
 
-    def __init__(self, jobs: list[tuple[int, int]], cfg: GenerateConfig, on_token=lambda: None):
+    A row does not stop before it holds something else than white space: an empty response is no response.
+    """
+
+    def __init__(self, jobs: list[tuple[int, int]], cfg: GenerateConfig, stop_ids, tokenizer, on_token=lambda: None):
         self._generators = [np.random.default_rng([cfg.seed, i, k]) for i, k in jobs]
-        self._cfg, self._on_token = cfg, on_token
+        self._cfg, self._stop_ids, self._tokenizer, self._on_token = cfg, stop_ids, tokenizer, on_token
+        self._blank = [True] * len(jobs)
 
     def __call__(self, input_ids, scores):
         cfg = self._cfg
         logits = scores.float() / cfg.temperature  # (B, V)
+        if any(self._blank):
+            rows = torch.tensor(self._blank).nonzero().to(logits.device)  # (b, 1)
+            logits[rows, torch.tensor(self._stop_ids, device=logits.device)] = -torch.inf
         top, ids = logits.topk(min(cfg.top_k or logits.shape[1], logits.shape[1]))  # (B, k), falling
         before = top.softmax(1).cumsum(1) - top.softmax(1)  # probability of the better ones
         top = top.masked_fill(before >= cfg.top_p, -torch.inf)
         noise = torch.from_numpy(np.stack([g.gumbel(size=top.shape[1]) for g in self._generators])).to(top)
         drawn = ids.gather(1, (top + noise).argmax(1, keepdim=True))
+        if any(self._blank):
+            texts = self._tokenizer.batch_decode(drawn)
+            self._blank = [blank and not text.strip() for blank, text in zip(self._blank, texts, strict=True)]
         self._on_token()
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)

@@ -1,6 +1,7 @@
 """What a person and a program see of a run: progress bars, metrics.jsonl, the run card."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ddpo.files import new_file
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -52,14 +55,32 @@ class Journal:
                         kept.append(line + "\n")
                 except (ValueError, KeyError):  # the torn last line of a killed run
                     break
-        self._file = path.open("w", buffering=1)
-        self._file.writelines(kept)
+        with new_file(path) as draft:
+            draft.write_text("".join(kept))
+        self._file = path.open("a", buffering=1)
 
     def write(self, record: dict) -> None:
-        self._file.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+        """Floats with eight digits; one that is not finite as null."""
+        self._file.write(json.dumps({k: _short(v) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
 
     def close(self) -> None:
         self._file.close()
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.8g}") if math.isfinite(value) else None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, None where the package is installed from elsewhere or git is not there."""
+    here = Path(__file__)
+    try:
+        for arguments in (("ls-files", "--error-unmatch", here.name), ("describe", "--always", "--dirty")):
+            git = ["git", "-C", str(here.parent), *arguments]
+            out = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.strip()
 
 
 def card() -> dict:
@@ -68,11 +89,6 @@ def card() -> dict:
 
     names = ("ddpo", "torch", "triton", "transformers", "peft", "datasets", "numpy")
     installed = {d.metadata["Name"] for d in metadata.distributions()}
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except OSError:  # no git on this machine
-        commit = None
     return {
         "machine": {
             "platform": platform.platform(),
@@ -81,5 +97,5 @@ def card() -> dict:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "versions": {n: metadata.version(n) for n in names if n in installed},
-        "commit": commit,
+        "commit": _commit(),
     }

@@ -111,7 +111,7 @@ def dorpo(
     if dorpo_weight == "outside":
         return weight * orpo(logp, num_tokens, pairs, beta=beta, **nll_options)
     if dorpo_weight == "inside":
-        likelihood = orpo(logp, num_tokens, pairs, beta=0.0, **nll_options)
+        likelihood = orpo(logp, num_tokens, pairs, beta=0.0, **nll_options)  # beta 0: its likelihood term alone
         return weight.mean() * likelihood - beta * F.logsigmoid(weight * log_odds(logp, num_tokens, pairs))
     raise ValueError(f"dorpo: dorpo_weight must be 'outside' or 'inside', got {dorpo_weight!r}")
 

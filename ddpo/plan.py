@@ -1,5 +1,7 @@
 """What each optimiser step of a run sees: a pure function of the data, the settings and the step's number."""
 
+import math
+
 import numpy as np
 
 from ddpo.config import TrainConfig
@@ -62,3 +64,14 @@ class Plan:
             return pack(self.data, responses)
         with_prompts = self.cfg.method in ("orpo", "dorpo") and self.cfg.nll_tokens == "all"
         return pack(self.data, responses, members, self.data.weight[items], with_prompts)
+
+
+def lr_at(step: int, num_steps: int, cfg: TrainConfig) -> float:
+    """Learning rate of a step counted from 0: linear warm-up to the peak, then decay to min_lr * peak at num_steps."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    if cfg.lr_schedule == "constant":
+        return cfg.lr
+    done = (step - cfg.warmup_steps) / max(1, num_steps - cfg.warmup_steps)
+    left = 1 - done if cfg.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * left)

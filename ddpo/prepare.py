@@ -56,7 +56,7 @@ def prepare(cfg: PrepareConfig) -> Path:
         "settings": dataclasses.asdict(cfg),
         "tokenizer": {
             "model": cfg.model,
-            "chat_template": cfg.chat_template and str(Path(cfg.chat_template).resolve()),
+            "chat_template": tokens.tokenizer.chat_template,
             "fingerprint": tokens.fingerprint(),
         },
         "summary": summary,
@@ -76,7 +76,9 @@ def weigh(cfg: WeighConfig) -> Path:
     pairs = np.column_stack([data.pair_group, data.pairs])
     weighting, summary = weigh_pairs(data.group_offsets(), pairs, embeddings, cfg)
     manifest = data.manifest
-    settings = {**manifest["settings"], **{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Weighing)}}
+    weighed_by = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Weighing)}
+    settings = {**manifest["settings"], **weighed_by}
+    log.console.print("weighing by " + ", ".join(f"{m} ({getattr(cfg, m)})" for m in cfg.measures) + f", {cfg.metric}")
     changed = {"settings": settings, "summary": {**manifest["summary"], "weights": summary}}
     prepared.weigh(data.folder, weighting, changed)
     show(changed["summary"], data.folder)
@@ -135,7 +137,8 @@ def embed(texts: list[str], cfg: Weighing) -> dict[str, torch.Tensor]:
     """Each measure's embeddings of all texts, (R, D) float32."""
     if not cfg.measures or len(set(cfg.measures)) != len(cfg.measures):
         raise ValueError(f"measures must name each of semantic and style at most once, got {list(cfg.measures)}")
-    return {measure: load_encoder(getattr(cfg, measure), measure)(texts) for measure in cfg.measures}
+    encoders = {m: load_encoder(getattr(cfg, m), m, cfg.trust_remote_code) for m in cfg.measures}
+    return {measure: encode(texts) for measure, encode in encoders.items()}
 
 
 def make_pairs(groups: list[Group], offsets: np.ndarray, embeddings: dict, cfg: PrepareConfig, dropped: Counter):

@@ -1,24 +1,23 @@
 """The training loop: `ddpo train`, or `torchrun --nproc-per-node N -m ddpo.train --config FILE`."""
 
 import math
-import signal
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ddpo import checkpoint, distributed, log
-from ddpo.config import TrainConfig, run_command, to_yaml
+from ddpo.config import TrainConfig, run_command
 from ddpo.data.prepared import Prepared
 from ddpo.data.tokens import ChatTokens
-from ddpo.files import new_file, write_json
 from ddpo.model import Policy, add_lora, find_model, load_model
 from ddpo.objective import METRICS, needs_reference, objective
-from ddpo.plan import Plan
+from ddpo.plan import Plan, lr_at
 from ddpo.refcache import reference_logp
+from ddpo.run import OnTheWay, Stop, begin_run, check_run, graceful
 
 
 @dataclass
@@ -28,23 +27,12 @@ class State:
     world: int
     device: torch.device
     policy: Policy
+    tokenizer: object
     params: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.AdamW
     plan: Plan
     ref_logp: torch.Tensor | None  # (R,)
     step: int
-
-
-class Stop:
-    """requested turns true at the first SIGINT or SIGTERM; the second interrupts at once."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __call__(self, number, frame):
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
 
 
 def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
@@ -70,7 +58,7 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
             note = report(state, pending, journal)
             pending = latest
             bar.update(task, completed=state.step, note=note)
-            ends = stop.requested or state.step == state.plan.num_steps  # asked once: a signal may come any time
+            ends = distributed.any_of_us(stop.requested) or state.step == state.plan.num_steps  # asked once, by all
             if ends or (cfg.save_every and state.step % cfg.save_every == 0):
                 bar.update(task, note=report(state, pending, journal))
                 pending = None
@@ -84,9 +72,8 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
             log.console.print(f"stopped at step {state.step} of {state.plan.num_steps}; go on with --resume")
         raise SystemExit(130)
     if rank == 0:
-        path = state.policy.export(run)
-        over = f"; use it over {', '.join(cfg.adapter)}" if cfg.adapter else ""
-        log.console.print(f"trained {state.step} steps; wrote {path}{over}")
+        path = state.policy.export(run, state.tokenizer, cfg.adapter)
+        log.console.print(f"trained {state.step} steps; wrote {path}")
     distributed.barrier()
     return run
 
@@ -95,9 +82,9 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
     """Data, policy, reference log-probs, optimiser; the last checkpoint where the run has one."""
     device = distributed.device()
     data = Prepared(cfg.data)
-    check_tokenizer(cfg, data)
+    tokens = check_tokenizer(cfg, data)
     plan = Plan(data, cfg)
-    model = load_model(cfg.model, cfg.adapter, cfg.dtype, device)
+    model = load_model(cfg.model, cfg.adapter, check_dtype(cfg), device)
     if cfg.lora:
         model = add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.seed)
     else:
@@ -108,15 +95,15 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
         ref_logp = reference_logp(policy, data, plan.forwarded_responses(), cfg.micro_tokens, device)
     params = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    torch.manual_seed(cfg.seed)
-    at = checkpoint.load_last(run, params, optimizer)
+    at = checkpoint.load_last(run, params, optimizer, data.manifest["content_hash"])
     policy.train()
-    return State(cfg, rank, world, device, policy, params, optimizer, plan, ref_logp, at)
+    return State(cfg, rank, world, device, policy, tokens.tokenizer, params, optimizer, plan, ref_logp, at)
 
 
 def step(state: State) -> dict:
     """One optimiser step over all micro-batches of all processes. Its metrics stay on the device."""
     start = time.perf_counter()
+    torch.manual_seed(int(np.random.SeedSequence([state.cfg.seed, state.step, state.rank]).generate_state(1)[0]))
     totals = state.plan.totals(state.step)
     sums = dict.fromkeys(("loss", "pairs", *METRICS[state.cfg.method]), torch.zeros((), dtype=torch.float64))
     num_tokens = 0
@@ -128,6 +115,7 @@ def step(state: State) -> dict:
         for name, values in {"loss": share.detach(), "pairs": torch.ones_like(batch.weight), **metrics}.items():
             sums[name] = sums[name] + values.sum(dtype=torch.float64)
         num_tokens += len(batch.input_ids)
+    sums["tokens"] = torch.tensor(float(num_tokens), dtype=torch.float64)
     lr = lr_at(state.step, state.plan.num_steps, state.cfg)
     norm = update(state, lr)
     state.step += 1
@@ -136,10 +124,9 @@ def step(state: State) -> dict:
         "epoch": state.step / state.plan.steps_per_epoch,
         "learning_rate": lr,
         "num_pairs": totals.num_pairs,
-        "grad_norm": norm,
-        "sums": sums,
-        "num_tokens": num_tokens,
-        "seconds": time.perf_counter() - start,
+        "start": start,
+        "names": tuple(sums),
+        "values": OnTheWay(sums.values(), norm, state.device),
     }
 
 
@@ -158,30 +145,17 @@ def update(state: State, lr: float) -> torch.Tensor:
     return norm
 
 
-def lr_at(step: int, num_steps: int, cfg: TrainConfig) -> float:
-    """Learning rate of a step counted from 0: linear warm-up to the peak, then decay to min_lr * peak at num_steps."""
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
-    if cfg.lr_schedule == "constant":
-        return cfg.lr
-    done = (step - cfg.warmup_steps) / max(1, num_steps - cfg.warmup_steps)
-    left = 1 - done if cfg.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * left)
-
-
 def report(state: State, metrics: dict | None, journal: log.Journal | None) -> str:
-    """Writes a finished step's metrics, over all processes, and returns the bar's note."""
+    """Writes a finished step's metrics and returns the bar's note."""
     if metrics is None:
         return ""
-    sums = torch.stack([value.to(state.device) for value in metrics["sums"].values()])
-    distributed.all_reduce([sums])
-    mean = dict(zip(metrics["sums"], sums.tolist(), strict=True))
-    loss, pairs = mean.pop("loss"), mean.pop("pairs")
+    *sums, norm = metrics["values"].read()
+    mean = dict(zip(metrics["names"], sums, strict=True))
+    loss, pairs, tokens = (mean.pop(name) for name in ("loss", "pairs", "tokens"))
     record = {key: metrics[key] for key in ("step", "epoch", "learning_rate", "num_pairs")}
-    record |= {"loss": loss, "grad_norm": float(metrics["grad_norm"]), "pairs_forwarded": int(pairs)}
-    record["skipped"] = not math.isfinite(record["grad_norm"])
+    record |= {"loss": loss, "grad_norm": norm, "pairs_forwarded": int(pairs), "skipped": not math.isfinite(norm)}
     record |= {name: total / pairs for name, total in mean.items() if pairs}
-    record["tokens_per_s"] = metrics["num_tokens"] / metrics["seconds"]
+    record["tokens_per_s"] = tokens / (metrics["values"].finished - metrics["start"])
     if journal:
         journal.write(record)
     accuracy = record.get("rewards/accuracies")
@@ -191,58 +165,30 @@ def report(state: State, metrics: dict | None, journal: log.Journal | None) -> s
 
 def save(state: State, run: Path) -> None:
     if state.rank == 0:
-        checkpoint.save(run, state.step, state.params, state.optimizer, state.cfg.keep_checkpoints)
+        data_hash = state.plan.data.manifest["content_hash"]
+        checkpoint.save(run, state.step, state.params, state.optimizer, data_hash, state.cfg.keep_checkpoints)
     distributed.barrier()
 
 
-def check_run(cfg: TrainConfig) -> Path:
-    """The run folder: a name not taken, or with cfg.resume a run of the same settings. Writes nothing."""
-    run = Path(cfg.out)
-    if cfg.resume:
-        if not (run / "config.yaml").is_file():
-            raise ValueError(f"{run} holds no run to resume; start it without --resume")
-        if (run / "config.yaml").read_text() != settings(cfg):
-            raise ValueError(f"{run}/config.yaml has other settings; resume with the same, or give another --out")
-    elif run.exists() and any(run.iterdir()):
-        raise FileExistsError(f"{run} exists already; go on with --resume, or give another --out")
-    return run
-
-
-def begin_run(cfg: TrainConfig, run: Path) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "card.json", log.card())
-    with new_file(run / "config.yaml") as draft:
-        draft.write_text(settings(cfg))
-
-
-def settings(cfg: TrainConfig) -> str:
-    return to_yaml(replace(cfg, resume=False))
-
-
-def check_tokenizer(cfg: TrainConfig, data: Prepared) -> None:
-    """The folder's token ids must be the policy's. Raises ValueError."""
+def check_tokenizer(cfg: TrainConfig, data: Prepared) -> ChatTokens:
+    """The policy's tokenizer, whose token ids must be the folder's. Raises ValueError."""
     from_folder = data.manifest["tokenizer"]
-    if ChatTokens.load(find_model(cfg.model), from_folder["chat_template"]).fingerprint() != from_folder["fingerprint"]:
+    tokens = ChatTokens.load(find_model(cfg.model), chat_template=from_folder["chat_template"])
+    if tokens.fingerprint() != from_folder["fingerprint"]:
         raise ValueError(
             f"{data.folder} was prepared with the tokenizer of {from_folder['model']!r}, which is not that of "
             f"{cfg.model!r}; prepare it again with --model {cfg.model}"
         )
+    return tokens
 
 
-@contextmanager
-def graceful(stop: Stop):
-    """Inside, SIGINT and SIGTERM ask `stop` instead of killing (signals reach the main thread alone)."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(s, stop) for s in signals]
-    except ValueError:  # not the main thread: nobody to ask
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for s, handler in zip(signals, before, strict=True):
-            signal.signal(s, handler)
+def check_dtype(cfg: TrainConfig) -> str:
+    """All weights are trained in float32 or float64: bfloat16 rounds away steps under 1/256 of a weight."""
+    if cfg.lora or cfg.dtype in ("float32", "float64"):
+        return cfg.dtype
+    if cfg.dtype == "bfloat16":
+        raise ValueError("train: --no-lora in bfloat16 loses most small updates; use --dtype float32, or LoRA")
+    return "float32"
 
 
 if __name__ == "__main__":

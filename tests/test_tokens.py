@@ -12,6 +12,13 @@ PLAIN = (  # no special token at all
 )
 
 
+def split(tokens, prompt, texts):
+    """group_ids as lists."""
+    prompt_ids, responses = tokens.group_ids(prompt, texts, "w")
+    assert {ids.dtype.name for ids in (prompt_ids, *responses)} == {"int32"}
+    return prompt_ids.tolist(), [ids.tolist() for ids in responses]
+
+
 def decode(tokens, ids):
     return tokens.tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -23,7 +30,7 @@ def chatml():
 
 @pytest.mark.parametrize("text", ["Once.", "two\n\nlines\n", "  spaces  ", "\n\nbreaks", "ünï → ✓"])
 def test_a_response_ends_with_its_end_of_turn(chatml, text):
-    prompt_ids, [ids] = chatml.group_ids("Hi", [text], "w")
+    prompt_ids, [ids] = split(chatml, "Hi", [text])
     assert decode(chatml, prompt_ids) == f"{START}user\nHi{END}\n{START}assistant\n"
     assert decode(chatml, ids) == text + END  # without the template's trailing line break
     assert ids.count(chatml.tokenizer.eos_token_id) == 1
@@ -34,14 +41,14 @@ def test_a_response_ends_with_its_end_of_turn(chatml, text):
 
 
 def test_responses_keep_their_order(chatml):
-    prompt_ids, ids = chatml.group_ids("Hi", ["b", "a", "b"], "w")
+    prompt_ids, ids = split(chatml, "Hi", ["b", "a", "b"])
     assert [decode(chatml, i) for i in ids] == ["b" + END, "a" + END, "b" + END]
     assert prompt_ids == chatml.prompt_ids("Hi")
 
 
 def test_messages_as_prompt(chatml):
     messages = [{"role": r, "content": c} for r, c in [("system", "Be brief."), ("user", "Hi")]]
-    prompt_ids, [ids] = chatml.group_ids(messages, ["Yes"], "w")
+    prompt_ids, [ids] = split(chatml, messages, ["Yes"])
     assert decode(chatml, prompt_ids) == f"{START}system\nBe brief.{END}\n{START}user\nHi{END}\n{START}assistant\n"
     assert decode(chatml, ids) == "Yes" + END
     assert len(messages) == 2  # the caller's list is not touched
@@ -50,7 +57,7 @@ def test_messages_as_prompt(chatml):
 
 def test_a_template_without_end_of_turn_gets_eos():
     tokens = ChatTokens(tiny_tokenizer(PLAIN))
-    prompt_ids, [ids] = tokens.group_ids("Hi", ["Yes"], "w")
+    prompt_ids, [ids] = split(tokens, "Hi", ["Yes"])
     assert decode(tokens, prompt_ids) == "user: Hi\nassistant: "
     assert decode(tokens, ids) == "Yes\n" + END
 
@@ -64,7 +71,7 @@ def test_a_response_that_merges_with_the_prompt_is_split_all_the_same():
     tokenizer.backend_tokenizer.model = models.BPE(vocabulary, [("Ċ", "Ċ")])
     tokens = ChatTokens(tokenizer)
     assert 258 in tokenizer(f"{START}assistant\n\n\nOnce")["input_ids"]
-    prompt_ids, [plain, broken] = tokens.group_ids("Hi", ["Once", "\n\nOnce"], "w")
+    prompt_ids, [plain, broken] = split(tokens, "Hi", ["Once", "\n\nOnce"])
     assert prompt_ids == tokens.prompt_ids("Hi") and prompt_ids[-1] == vocabulary["Ċ"]
     assert [decode(tokens, ids) for ids in (plain, broken)] == ["Once" + END, "\n\nOnce" + END]
 
@@ -95,15 +102,16 @@ def test_a_single_bos_is_fine():
     tokenizer = tiny_tokenizer("{{ bos_token }}" + PLAIN)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{START} $0", None, [(START, 256)])
     assert tokenizer("x")["input_ids"][0] == 256
-    prompt_ids, [ids] = ChatTokens(tokenizer).group_ids("Hi", ["Yes"], "w")
+    prompt_ids, [ids] = split(ChatTokens(tokenizer), "Hi", ["Yes"])
     assert prompt_ids.count(256) == 1 and 256 not in ids
 
 
 def test_no_chat_template(tmp_path):
     with pytest.raises(ValueError, match="has no chat template; give one with --chat-template FILE"):
         ChatTokens(tiny_tokenizer(None))
+    tiny_tokenizer(None).save_pretrained(tmp_path)
     (tmp_path / "chat.jinja").write_text(PLAIN)
-    tokens = ChatTokens(tiny_tokenizer(None), str(tmp_path / "chat.jinja"))
+    tokens = ChatTokens.load(str(tmp_path), str(tmp_path / "chat.jinja"))
     assert tokens.prompt_text("Hi") == "user: Hi\nassistant: "
 
 
@@ -137,5 +145,14 @@ def test_only_the_first_end_of_turn_is_kept():
             CHATML.replace("{% if add", "{% if not add_generation_prompt %}<|im_start|>{% endif %}{% if add")
         )
     )
-    _, (ids,) = tokens.group_ids("Q", ["A"], "x")
+    _, (ids,) = split(tokens, "Q", ["A"])
     assert ids == [*tokens.tokenizer("A")["input_ids"], 257] and tokens.stop_ids() == [257]
+
+
+def test_a_turn_that_opens_with_a_special_token():
+    """The end of turn is the first special token behind the text, not the one before it."""
+    opened = CHATML.replace("m['content']", "('<|im_start|>' if m['role'] == 'assistant' else '') + m['content']")
+    assert opened != CHATML
+    tokens = ChatTokens(tiny_tokenizer(opened))
+    _, (ids,) = split(tokens, "Q", ["A"])
+    assert decode(tokens, ids) == START + "A" + END and tokens.stop_ids() == [257]

@@ -70,7 +70,7 @@ def test_weights_are_the_references(make_prepared, groups, options):
 def test_two_measures(make_prepared, monkeypatch, combine):
     """A second measure that loads nothing: the style of every other letter."""
     encode = {"style": style_features, "semantic": lambda texts: style_features([t[::2] for t in texts])}
-    monkeypatch.setattr("ddpo.prepare.load_encoder", lambda name, measure: encode[measure])
+    monkeypatch.setattr("ddpo.prepare.load_encoder", lambda name, measure, trust: encode[measure])
     data = make_prepared(UNEVEN, measures=("semantic", "style"), combine=combine)
     got = columns(data)
     assert got.keys() == {"distance_semantic", "distance_style", "deviation", "weight"}

@@ -7,6 +7,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
+
 from ddpo.data.groups import Prompt
 
 
@@ -14,9 +16,9 @@ class ChatTokens:
     """Renders and tokenises prompts and responses with one tokenizer."""
 
     def __init__(self, tokenizer, chat_template: str | None = None):
-        """chat_template: a file to use instead of the tokenizer's own. Raises ValueError where there is neither."""
+        """chat_template: Jinja text to use instead of the tokenizer's own. Raises ValueError where there is neither."""
         if chat_template:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = chat_template
         if not tokenizer.chat_template:
             raise ValueError(
                 f"tokenizer {tokenizer.name_or_path!r} has no chat template; give one with --chat-template FILE, "
@@ -28,9 +30,12 @@ class ChatTokens:
         self._special_ids = set(special.values()) | set(tokenizer.all_special_ids)
 
     @classmethod
-    def load(cls, model: str, chat_template: str | None = None) -> "ChatTokens":
+    def load(cls, model: str, template_file: str | None = None, chat_template: str | None = None) -> "ChatTokens":
+        """The tokenizer of a model's folder or hub name, with the template of a file, or given as text, if any."""
         from transformers import AutoTokenizer
 
+        if template_file:
+            chat_template = Path(template_file).read_text(encoding="utf-8")
         return cls(AutoTokenizer.from_pretrained(model), chat_template)
 
     def fingerprint(self) -> str:
@@ -49,8 +54,8 @@ class ChatTokens:
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         return self._ids([self.prompt_text(prompt)])[0]
 
-    def group_ids(self, prompt: Prompt, texts: list[str], where: str) -> tuple[list[int], list[list[int]]]:
-        """Token ids of the prompt and of each response. Raises ValueError for a template that cannot be split."""
+    def group_ids(self, prompt: Prompt, texts: list[str], where: str) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Token ids (int32) of the prompt and of each response. Raises ValueError for a template that does not fit."""
         prompt_text = self.prompt_text(prompt)
         prompt_ids = self._ids([prompt_text])[0]
         bos = self.tokenizer.bos_token_id
@@ -64,24 +69,33 @@ class ChatTokens:
                 f"{self.tokenizer.name_or_path!r} renders the generation prompt differently: give another with "
                 "--chat-template FILE"
             )
+        encoded = self.tokenizer(wholes, add_special_tokens=False, return_offsets_mapping=True)
         responses = []
-        for whole, ids in zip(wholes, self._ids(wholes), strict=True):
+        for text, whole, ids, spans in zip(texts, wholes, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            start = len(prompt_text)
+            end = whole.find(text.strip(), start) + len(text.strip())
+            if end < start:
+                raise ValueError(f"{where}: the chat template changes the response's text {text[:40]!r}")
             if ids[: len(prompt_ids)] == prompt_ids:
-                rest = ids[len(prompt_ids) :]
+                ids, spans = ids[len(prompt_ids) :], spans[len(prompt_ids) :]
             else:  # a leading line break merged with the prompt's last: generation goes on from the prompt's own tokens
-                rest = self._ids([whole[len(prompt_text) :]])[0]
-            responses.append(self._through_end_of_turn(rest))
-        return prompt_ids, responses
+                rest = self.tokenizer(whole[start:], add_special_tokens=False, return_offsets_mapping=True)
+                ids, spans = rest["input_ids"], [(a + start, b + start) for a, b in rest["offset_mapping"]]
+            responses.append(self._through_end_of_turn(ids, spans, end))
+        return np.array(prompt_ids, np.int32), responses
 
     def stop_ids(self) -> list[int]:
         """Tokens that end a response: the tokenizer's own and the one that the chat template ends a turn with."""
         _, (response,) = self.group_ids("a prompt", ["a response"], "chat template")
-        return sorted({self.tokenizer.eos_token_id, response[-1]})
+        return sorted({self.tokenizer.eos_token_id, int(response[-1])})
 
-    def _through_end_of_turn(self, ids):
-        end = next((i for i, token in enumerate(ids) if token in self._special_ids), None)
+    def _through_end_of_turn(self, ids, spans, end):
+        """The ids up to the first special token behind the text, which ends at character `end`."""
+        tokens = zip(ids, spans, strict=True)
+        last = next((i for i, (token, (at, _)) in enumerate(tokens) if at >= end and token in self._special_ids), None)
         # a template may mark no end of turn: generation must learn to stop all the same
-        return [*ids, self.tokenizer.eos_token_id] if end is None else ids[: end + 1]
+        kept = [*ids, self.tokenizer.eos_token_id] if last is None else ids[: last + 1]
+        return np.array(kept, np.int32)
 
     def _render(self, messages, **options):
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)

@@ -50,7 +50,7 @@ def demo(cfg: DemoConfig) -> dict:
         )
     )
     say("[bold]4 generate after[/]")
-    generate(GenerateConfig(**sampling, out=str(out / "after.jsonl"), adapter=(str(out / "run" / "adapter"),)))
+    generate(GenerateConfig(**sampling, out=str(out / "after.jsonl"), adapter=str(out / "run" / "adapter")))
     say("[bold]5 evaluate[/]")
     result = evaluate(
         EvaluateConfig(

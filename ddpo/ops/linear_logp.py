@@ -47,6 +47,7 @@ def linear_logp(
         dtype = torch.get_autocast_dtype(device_type)
         hidden, head, bias = hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype)
     _check(hidden, head, targets, bias, scale, softcap)
+    targets = targets.contiguous()
     options = rows.Options(scale, softcap, rows.find_pass(impl, hidden.device))
     return _LinearLogp.apply(hidden, head, targets, bias, options, torch.is_grad_enabled())
 
@@ -93,7 +94,7 @@ class _LinearLogp(torch.autograd.Function):
         defer = wants[0] and not ctx.head_trained
         grad_rows = torch.empty_like(hidden) if defer else None  # (N, D) d logp / d hidden
         for chunk in rows.chunks(N, head):
-            logits, cap = rows.logits(hidden[chunk], head, bias, options)
+            logits, cap = rows.logits(hidden[chunk], head, bias, options, grad=defer)
             logp[chunk] = options.row_pass(logits, targets[chunk], defer)
             if defer:
                 rows.through_cap(logits, cap, options)
@@ -117,7 +118,7 @@ class _LinearLogp(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=acc) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=acc) if ctx.needs_input_grad[3] else None
         for chunk in rows.chunks(len(hidden), head):
-            logits, cap = rows.logits(hidden[chunk], head, bias, options)
+            logits, cap = rows.logits(hidden[chunk], head, bias, options, grad=True)
             options.row_pass(logits, targets[chunk], True)
             rows.through_cap(logits, cap, options)
             logits.mul_(upstream[chunk, None])

@@ -40,8 +40,8 @@ def chunks(N: int, head: torch.Tensor) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise([*starts, N])]
 
 
-def logits(h, head, bias, options: Options):
-    """(n, D) -> z (n, V) in opmath precision, and z once more where a cap needs it for the gradient."""
+def logits(h, head, bias, options: Options, grad: bool):
+    """(n, D) -> z (n, V) in opmath precision, and z once more where a cap's gradient needs it."""
     z = _matmul(h, head.T)
     if bias is not None:
         z.add_(bias)
@@ -50,7 +50,7 @@ def logits(h, head, bias, options: Options):
     if options.softcap is None:
         return z, None
     z.div_(options.softcap).tanh_().mul_(options.softcap)
-    return z, z.clone()
+    return z, z.clone() if grad else None
 
 
 def through_cap(grad, capped, options: Options):
@@ -77,7 +77,7 @@ def _matmul(a, b):
 
 
 def times_head(grad, head, out):
-    """out (n, D) = grad (n, V) @ head (V, D), summed in opmath precision, rounded once."""
+    """out (n, D) = grad (n, V) @ head (V, D), summed in opmath precision (on a GPU grad is in the head's dtype)."""
     acc = opmath(head.dtype)
     if head.dtype == acc:
         torch.mm(grad, head, out=out)

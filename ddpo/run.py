@@ -1,0 +1,91 @@
+"""Around a run: its folder, the wish to stop, metrics on their way to the host."""
+
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+
+from ddpo import distributed, log
+from ddpo.config import TrainConfig, to_yaml
+from ddpo.files import new_file, write_json
+
+MAY_CHANGE = ("resume", "data", "out", "save_every", "keep_checkpoints")  # between a run and its resumption
+
+
+def check_run(cfg: TrainConfig) -> Path:
+    """The run folder: a name not taken, or with cfg.resume a run of the same settings. Writes nothing."""
+    run = Path(cfg.out)
+    if cfg.resume:
+        if not (run / "config.yaml").is_file():
+            raise ValueError(f"{run} holds no run to resume; start it without --resume")
+        before = yaml.safe_load((run / "config.yaml").read_text())
+        now = yaml.safe_load(to_yaml(cfg))
+        changed = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
+        if changed:
+            raise ValueError(
+                f"{run}: the run was started with other settings ({', '.join(changed)}); resume with those in its "
+                "config.yaml, or give another --out"
+            )
+    elif run.exists() and any(run.iterdir()):
+        raise FileExistsError(f"{run} exists already; go on with --resume, or give another --out")
+    return run
+
+
+def begin_run(cfg: TrainConfig, run: Path) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "card.json", log.card())
+    with new_file(run / "config.yaml") as draft:
+        draft.write_text(to_yaml(cfg))
+
+
+class Stop:
+    """requested turns true at the first SIGINT or SIGTERM; the second interrupts at once."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __call__(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextmanager
+def graceful(stop: Stop):
+    """Inside, SIGINT and SIGTERM ask `stop` instead of killing (signals reach the main thread alone)."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = [signal.signal(s, stop) for s in signals]
+    except ValueError:  # not the main thread: nobody to ask
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for s, handler in zip(signals, before, strict=True):
+            signal.signal(s, handler)
+
+
+class OnTheWay:
+    """A step's sums over all processes and its gradient norm, copied to the host without waiting for the device."""
+
+    def __init__(self, sums, norm: torch.Tensor, device: torch.device):
+        flat = torch.stack([value.to(device, torch.float64) for value in sums])
+        distributed.all_reduce([flat])
+        flat = torch.cat([flat, norm.detach().double().reshape(1)])
+        self._event = None
+        if device.type == "cuda":
+            self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = flat
+        self.finished = time.perf_counter()
+
+    def read(self) -> list[float]:
+        if self._event:
+            self._event.synchronize()
+        return self._host.tolist()

@@ -1,7 +1,6 @@
 """Around a run: its folder, the wish to stop, metrics on their way to the host."""
 
 import signal
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,7 +82,6 @@ class OnTheWay:
             self._event.record()
         else:
             self._host = flat
-        self.finished = time.perf_counter()
 
     def read(self) -> list[float]:
         if self._event:

@@ -55,12 +55,12 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
         pending = None  # metrics are read one step late: no device sync between a step's launch and the next
         while state.step < state.plan.num_steps:
             latest = step(state)
-            note = report(state, pending, journal)
+            note = report(pending, journal, latest["start"])
             pending = latest
             bar.update(task, completed=state.step, note=note)
             ends = distributed.any_of_us(stop.requested) or state.step == state.plan.num_steps  # asked once, by all
             if ends or (cfg.save_every and state.step % cfg.save_every == 0):
-                bar.update(task, note=report(state, pending, journal))
+                bar.update(task, note=report(pending, journal))
                 pending = None
                 save(state, run)
             if ends:
@@ -145,17 +145,18 @@ def update(state: State, lr: float) -> torch.Tensor:
     return norm
 
 
-def report(state: State, metrics: dict | None, journal: log.Journal | None) -> str:
-    """Writes a finished step's metrics and returns the bar's note."""
+def report(metrics: dict | None, journal: log.Journal | None, until: float | None = None) -> str:
+    """Writes a finished step's metrics and returns the bar's note. until: when the next step began, else now."""
     if metrics is None:
         return ""
     *sums, norm = metrics["values"].read()
+    seconds = (until or time.perf_counter()) - metrics["start"]
     mean = dict(zip(metrics["names"], sums, strict=True))
     loss, pairs, tokens = (mean.pop(name) for name in ("loss", "pairs", "tokens"))
     record = {key: metrics[key] for key in ("step", "epoch", "learning_rate", "num_pairs")}
     record |= {"loss": loss, "grad_norm": norm, "pairs_forwarded": int(pairs), "skipped": not math.isfinite(norm)}
     record |= {name: total / pairs for name, total in mean.items() if pairs}
-    record["tokens_per_s"] = tokens / (metrics["values"].finished - metrics["start"])
+    record["tokens_per_s"] = tokens / seconds
     if journal:
         journal.write(record)
     accuracy = record.get("rewards/accuracies")

@@ -3,43 +3,44 @@
 python benchmarks/readme.py            # rewrite README.md
 """
 
+import io
 import re
 from pathlib import Path
 
-from ddpo.evaluate import MEASURES
+from rich.console import Console
+
+from ddpo.evaluate import MEASURES, table
 from ddpo.files import read_json
 
 ROOT = Path(__file__).parent.parent
 
 
-def demo_table() -> str:
-    """A row a measure; before and after of seed 0, then each seed's difference with its interval."""
+def demo() -> str:
+    """The table that the demo of the first seed prints, then the differences of the other seeds."""
     result = read_json(ROOT / "benchmarks" / "results" / "demo.json")
     first, *others = result["runs"]
-    seeds = [str(run["seed"]) for run in result["runs"]]
-    lines = [
-        f"| seed {first['seed']}, {first['num_prompts']} prompts x 4 | before | after | difference [95 % interval] "
-        + "".join(f"| seed {run['seed']}: difference " for run in others)
-        + "|",
-        "| --- |" + " --- |" * (3 + len(others)),
+    console = Console(width=90, file=io.StringIO())
+    console.print(table(first))
+    printed = "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+    rows = [
+        "| after - before [95 % interval] | " + " | ".join(f"seed {run['seed']}" for run in others) + " |",
+        "| --- |" + " --- |" * len(others),
     ]
-    for measure in first["mean"]["before"]:
+    for measure in first["difference"]:
         label, decimals = MEASURES[measure]
-        means = [f"{first['mean'][when][measure]:.{decimals}f}" for when in ("before", "after")]
-        differences = [_difference(run["difference"][measure], decimals) for run in result["runs"]]
-        lines.append("| " + " | ".join([label, *means, *differences]) + " |")
+        rows.append(
+            f"| {label} | " + " | ".join(_difference(r["difference"][measure], decimals) for r in others) + " |"
+        )
     minutes, peak = max(r["seconds"] for r in result["runs"]) / 60, max(r["peak_mib"] for r in result["runs"])
-    zero = ", ".join(f"{run['zero_share']:.0%}" for run in result["runs"])
+    shares = sorted(round(100 * run["zero_share"]) for run in result["runs"])
+    zero = f"{shares[0]} %" if shares[0] == shares[-1] else f"{shares[0]} to {shares[-1]} %"
     notes = [
-        "Bold: the interval leaves out 0.",
-        "Log-prob at start: of the responses under the starting model, nats per token.",
-        f"Pairs of weight zero: {zero} (seeds {', '.join(seeds)}).",
-        f"Slowest run {minutes:.1f} minutes, install not counted; peak memory {peak / 1024:.1f} GiB.",
+        f"Bold: the interval leaves out 0. Pairs of weight zero: {zero}.",
+        f"Slowest of the four runs {minutes:.1f} minutes, install not counted; peak memory {peak / 1024:.1f} GiB.",
         f"Two CPU cores, torch {result['versions']['torch']}, commit {result['commit']}:",
         "`benchmarks/results/demo.json`.",
     ]
-    lines += ["", " ".join(notes)]
-    return "\n".join(lines)
+    return "\n".join(["```text", printed, "```", "", *rows, "", " ".join(notes)])
 
 
 def _difference(d: dict, decimals: int) -> str:
@@ -47,7 +48,7 @@ def _difference(d: dict, decimals: int) -> str:
     return f"**{text}**" if d["low"] > 0 or d["high"] < 0 else text
 
 
-BLOCKS = {"demo": demo_table}
+BLOCKS = {"demo": demo}
 
 
 def render(text: str) -> str:

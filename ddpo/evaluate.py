@@ -123,8 +123,8 @@ class _Likelihood:
         return logp, num_tokens
 
 
-def show(result: dict) -> None:
-    """The table for people: a column a file, the difference with its 95 % interval, and whether that leaves out 0."""
+def table(result: dict) -> Table:
+    """A column a file, the difference with its 95 % interval, and whether that leaves out 0."""
     means, difference = result["mean"], result.get("difference")
     table = Table(title=f"{result['num_prompts']} prompts, means over prompts")
     table.add_column("measure")
@@ -141,8 +141,12 @@ def show(result: dict) -> None:
             row.append(f"{d['mean']:+.{decimals}f} [{d['low']:+.{decimals}f}, {d['high']:+.{decimals}f}]")
             row.append("yes" if d["low"] > 0 or d["high"] < 0 else "no")
         table.add_row(*row)
-    log.console.print(table)
-    if difference:
+    return table
+
+
+def show(result: dict) -> None:
+    log.console.print(table(result))
+    if "difference" in result:
         log.console.print("clear? no: the interval holds 0, the difference may be chance")
-    if "logp_per_token" in next(iter(means.values())):
+    if "logp_per_token" in next(iter(result["mean"].values())):
         log.console.print("log-prob at start: of the responses under the starting model, nats per token")

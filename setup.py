@@ -37,9 +37,9 @@ def extension():
                 super().copy_extensions_to_source()
 
     flags = VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), "").split()
-    return [CppExtension("ddpo._C", sorted(glob("csrc/*.cpp")), extra_compile_args=["-O3", *flags])], {
-        "build_ext": Build
-    }
+    sources, headers = sorted(glob("csrc/*.cpp")), sorted(glob("csrc/*.h"))
+    module = CppExtension("ddpo._C", sources, depends=headers, extra_compile_args=["-O3", *flags])
+    return [module], {"build_ext": Build}
 
 
 if MODE == "0":

@@ -1,9 +1,18 @@
-// An empty Python module: importing it loads the shared object, which registers torch.ops.ddpo.*
+// Schemas of the kernels, and an empty Python module: importing it loads the shared object, which registers
+// torch.ops.ddpo.*
 #include <Python.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY(ddpo, m) {
-  m.def("row_logp_(Tensor(a!) z, Tensor targets, bool grad) -> Tensor");
+  m.def(
+      "linear_logp_fwd(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float scale, float? softcap, "
+      "bool want_rows) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_logp_sparse_fwd(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float scale, float? softcap, "
+      "Tensor segments, float drop_below) -> (Tensor, Tensor)");
+  m.def(
+      "linear_logp_bwd(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float scale, float? softcap, "
+      "Tensor lse, Tensor upstream, bool want_hidden, bool want_head, bool want_bias) -> (Tensor, Tensor, Tensor)");
 }
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};

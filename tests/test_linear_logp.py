@@ -7,10 +7,10 @@ import torch
 from conftest import close_to_truth, relative
 
 from ddpo import reference
-from ddpo.ops import linear_logp, rows, sequence_sum
+from ddpo.ops import chunked, cpp, linear_logp, sequence_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-need_cpp = pytest.mark.skipif(not rows.has_cpp() and not os.environ.get("CI"), reason="ddpo._C was not built")
+need_cpp = pytest.mark.skipif(not cpp.is_built() and not os.environ.get("CI"), reason="ddpo._C was not built")
 impls = pytest.mark.parametrize("impl", ["torch", pytest.param("cpp", marks=need_cpp)])
 
 
@@ -34,7 +34,7 @@ def gradients(f, tensors, targets, upstream, dtype, trained, **options):
 
 def _in_opmath(hidden, head, targets, bias, **options):
     """PyTorch on the same values with nothing rounded but the gradients: what half types are held to."""
-    acc = rows.opmath(hidden.dtype)
+    acc = chunked.opmath(hidden.dtype)
     return reference.linear_logp(hidden.to(acc), head.to(acc), targets, bias.to(acc), **options)
 
 
@@ -59,8 +59,8 @@ def test_chunks_do_not_matter(impl, monkeypatch):
     """Many chunks, the last one ragged, agree with one chunk; no chunk is a single row."""
     tensors, targets, upstream = case(101, 8, 300, torch.float64)
     whole = gradients(linear_logp, tensors, targets, upstream, torch.float64, True, impl=impl)
-    monkeypatch.setattr(rows, "CPU_CHUNK_BYTES", 300 * 8 * 10)
-    sizes = [c.stop - c.start for c in rows.chunks(101, tensors[1])]
+    monkeypatch.setattr(chunked, "CPU_CHUNK_BYTES", 300 * 8 * 10)
+    sizes = [c.stop - c.start for c in chunked.chunks(101, tensors[1])]
     assert len(sizes) == 10 and min(sizes) >= 2 and sum(sizes) == 101
     for a, b in zip(
         gradients(linear_logp, tensors, targets, upstream, torch.float64, True, impl=impl), whole, strict=True
@@ -122,7 +122,7 @@ def test_values_at_the_edges():
     targets = torch.tensor([9, 0, 4, 2, 3, 0])[1:]  # not 16-byte aligned
     truth = reference.linear_logp(hidden.double(), head.double(), targets)
     assert truth.min() == -10000 and truth.max() == 0
-    for impl in ("torch", "cpp") if rows.has_cpp() else ("torch",):
+    for impl in ("torch", "cpp") if cpp.is_built() else ("torch",):
         torch.testing.assert_close(linear_logp(hidden, head, targets, impl=impl).double(), truth, rtol=1e-6, atol=0)
 
 
@@ -170,7 +170,7 @@ def test_bad_input(change, message):
 
 
 def test_cpp_missing_is_said(monkeypatch):
-    monkeypatch.setattr(rows, "has_cpp", lambda: False)
+    monkeypatch.setattr(cpp, "is_built", lambda: False)
     (hidden, head, _), targets, _ = case(2, 4, 9, torch.float32)
     linear_logp(hidden, head, targets)  # auto goes on in PyTorch
     with pytest.raises(RuntimeError, match=r"was not built.*DDPO_BUILD_CPP=1"):
@@ -178,13 +178,94 @@ def test_cpp_missing_is_said(monkeypatch):
 
 
 @need_cpp
-def test_opcheck():
-    z, targets = torch.randn(5, 40), torch.randint(0, 40, (5,))
-    torch.library.opcheck(torch.ops.ddpo.row_logp_.default, (z, targets, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    (hidden, head, bias), targets, upstream = case(5, 8, 40, dtype)
+    call = (hidden, head, targets, bias, 0.7, 3.0)
+    torch.library.opcheck(torch.ops.ddpo.linear_logp_fwd.default, (*call, True))
+    torch.library.opcheck(torch.ops.ddpo.linear_logp_fwd.default, (*call, False))
+    torch.library.opcheck(torch.ops.ddpo.linear_logp_sparse_fwd.default, (*call, torch.tensor([0, 2, 5]), 0.01))
+    _, lse, _ = torch.ops.ddpo.linear_logp_fwd(*call, False)
+    torch.library.opcheck(torch.ops.ddpo.linear_logp_bwd.default, (*call, lse, upstream.to(lse), True, True, True))
     with pytest.raises(RuntimeError, match=r"targets must be a contiguous int64 \(5,\)"):
-        torch.ops.ddpo.row_logp_(z, targets.int(), False)
+        torch.ops.ddpo.linear_logp_fwd(hidden, head, targets.int(), None, 1.0, None, False)
     with pytest.raises(RuntimeError, match=r"targets must lie in \[0, 40\), got 40"):
-        torch.ops.ddpo.row_logp_(z, torch.full((5,), 40), False)
+        torch.ops.ddpo.linear_logp_fwd(hidden, head, torch.full((5,), 40), None, 1.0, None, False)
+
+
+# --- drop_below -------------------------------------------------------------------------------------------
+
+
+def peaked(N, D, V, seed=0):
+    """Hidden rows whose probabilities are as uneven as a language model's: a few large, a long tail."""
+    (hidden, head, bias), targets, _ = case(N, D, V, torch.float32, seed)
+    return 1.5 * hidden, head * torch.linspace(1.5, 0.3, V)[:, None], bias, targets
+
+
+@need_cpp
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["", "softcap"])
+@pytest.mark.parametrize("drop_below, bound", [(2**-10, 0.12), (2**-14, 0.04), (1e-30, 1e-5)])
+def test_drop_below(drop_below, bound, softcap):
+    """Log-probs stay exact; the gradient's error shrinks with the threshold, and vanishes with it."""
+    hidden, head, bias, targets = peaked(300, 16, 5003)
+    segments = torch.tensor([0, 100, 101, 300])
+    c = torch.tensor([0.3, -1.0, 0.7]).repeat_interleave(segments.diff())
+    options = {"bias": bias, "softcap": softcap}
+    exact = linear_logp(hidden.double(), head.double(), targets, bias=bias.double(), softcap=softcap)
+    h = hidden.requires_grad_()
+    (truth,) = torch.autograd.grad(
+        reference.linear_logp(h.double(), head.double(), targets, bias.double(), 1, softcap), h, c.double()
+    )
+    logp = linear_logp(h, head, targets, segments=segments, drop_below=drop_below, **options)
+    (grad,) = torch.autograd.grad(logp, h, c)
+    torch.testing.assert_close(logp.double(), exact, rtol=1e-6, atol=1e-5)
+    assert relative(grad, truth) < bound
+    per_segment = [(x[a:b].sum(0)) for x in (grad, truth) for a, b in ((0, 100), (101, 300))]
+    for ours, true in zip(per_segment[:2], per_segment[2:], strict=True):  # one coefficient a segment: the tails cancel
+        assert relative(ours, true) < bound / 4
+
+
+@need_cpp
+def test_a_segment_does_not_see_its_neighbours():
+    hidden, head, _, targets = peaked(1500, 16, 3000)
+    segments = torch.tensor([0, 700, 1200, 1500])
+    grads = []
+    for a, b, inner in ((0, 1500, segments), (700, 1200, torch.tensor([0, 500]))):
+        h = hidden[a:b].clone().requires_grad_()
+        logp = linear_logp(h, head, targets[a:b], segments=inner, drop_below=2**-9)
+        grads.append(torch.autograd.grad(logp.sum(), h)[0])
+    torch.testing.assert_close(grads[0][700:1200], grads[1], rtol=1e-4, atol=1e-5)
+
+
+@need_cpp
+def test_drop_below_is_bitwise_for_any_threads():
+    hidden, head, _, targets = peaked(64, 16, 3000)
+
+    def rows():
+        segments = torch.tensor([0, 64])
+        return torch.ops.ddpo.linear_logp_sparse_fwd(hidden, head, targets, None, 1.0, None, segments, 2**-9)
+
+    two, before = rows(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = rows()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"drop_below": 1.0}, r"drop_below must be in \[0, 1\), got 1.0"),
+        ({"drop_below": 0.1, "impl": "torch"}, "drop_below > 0 wants impl 'cpp'"),
+        ({"segments": torch.tensor([0.0, 3.0])}, r"segments must be int64 \(S\+1,\) row offsets"),
+        ({"drop_below": 0.1, "segments": torch.tensor([0, 2])}, "segments must rise from 0 to N = 3"),
+    ],
+)
+def test_bad_drop_below(change, message):
+    with pytest.raises(ValueError, match=message):
+        linear_logp(torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3, dtype=torch.int64), **change)
 
 
 def test_sequence_sum():

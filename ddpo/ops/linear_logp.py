@@ -5,13 +5,29 @@ G is the unit of work, one head GEMM (2*N*V*D FLOP).
 
 * Head frozen: d loss/d hidden[n] = c[n] * row[n] with row[n] = d logp[n]/d hidden[n], so forward forms the
   rows and backward multiplies them by the upstream c: 2G in all, any chunking, nothing recomputed.
-* Head (or bias) trained: backward recomputes the logits chunk by chunk: 4G, gradients summed in float32.
+* Head (or bias) trained: backward recomputes the logits: 4G, gradients summed in float32.
 * No gradient wanted: 1G.
+* drop_below > 0 (impl cpp, head frozen): probabilities under it are not multiplied one by one: little more than 1G.
 """
+
+from typing import NamedTuple
 
 import torch
 
-from ddpo.ops import rows
+from ddpo.ops import chunked, cpp
+
+
+class Call(NamedTuple):
+    """The checked arguments of one call, as every implementation gets them."""
+
+    hidden: torch.Tensor
+    head: torch.Tensor
+    targets: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+    segments: torch.Tensor | None
+    drop_below: float
 
 
 def linear_logp(
@@ -22,7 +38,9 @@ def linear_logp(
     bias: torch.Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    segments: torch.Tensor | None = None,
     impl: str = "auto",
+    drop_below: float = 0.0,
 ) -> torch.Tensor:
     """Log-probability of each target token under a linear head.
 
@@ -36,23 +54,28 @@ def linear_logp(
         bias: (V,) or None.
         scale: factor on the logits, unitless.
         softcap: positive cap on the logits, or None.
-        impl: 'auto', 'torch' or 'cpp' (CPU; the row pass in C++). 'auto' is the fastest that is there.
+        segments: (S+1,) int64 row offsets of the sequences, from 0 to N; only drop_below uses them. None: one.
+        impl: 'auto', 'torch' or 'cpp' (CPU). 'auto' is the fastest that is there.
+        drop_below: in [0, 1), probability. 0 is exact. Else, with a frozen head, probabilities under it enter the
+            gradient of hidden by their sum times a mean head row (per segment and block of the vocabulary); the
+            log-probs stay exact.
     Returns: (N,) nats; float64 for float64 input, else float32. Target logit and log-sum-exp are taken in that
         precision. Differentiable once in hidden, head and bias.
     Raises: ValueError for other shapes, dtypes or values; RuntimeError for a named impl that is not there.
-    Source: the log-softmax of every language model head; the deferred scale is ours.
+    Source: the log-softmax of every language model head; deferred scale and tail correction are ours.
     """
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden, head, bias = hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype)
-    _check(hidden, head, targets, bias, scale, softcap)
-    targets = targets.contiguous()
-    options = rows.Options(scale, softcap, rows.find_pass(impl, hidden.device))
-    return _LinearLogp.apply(hidden, head, targets, bias, options, torch.is_grad_enabled())
+    call = Call(hidden, head, targets.contiguous(), bias, scale, softcap, segments, drop_below)
+    _check(call)
+    return _LinearLogp.apply(hidden, head, bias, call, _find(impl, call), torch.is_grad_enabled())
 
 
-def _check(hidden, head, targets, bias, scale, softcap):
+def _check(call: Call) -> None:
+    hidden, head, targets, bias, scale, softcap, segments, drop_below = call
+
     def refuse(name, wanted, value):
         got = f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, torch.Tensor) else value
         raise ValueError(f"linear_logp: {name} must be {wanted}, got {got}")
@@ -74,6 +97,16 @@ def _check(hidden, head, targets, bias, scale, softcap):
         refuse("softcap", "positive or None", softcap)
     if not scale > 0:
         refuse("scale", "positive", scale)
+    if not 0 <= drop_below < 1:
+        refuse("drop_below", "in [0, 1)", drop_below)
+    if segments is not None and (segments.dim() != 1 or segments.dtype != torch.int64 or len(segments) < 2):
+        refuse("segments", "int64 (S+1,) row offsets", segments)
+    if (
+        drop_below > 0
+        and segments is not None
+        and (segments[0] != 0 or segments[-1] != N or (segments.diff() < 0).any())
+    ):
+        raise ValueError(f"linear_logp: segments must rise from 0 to N = {N}")
     if N and targets.device.type == "cpu":  # on a GPU the check would be a host sync
         low, high = targets.aminmax()
         if low < 0 or high >= V:
@@ -83,25 +116,30 @@ def _check(hidden, head, targets, bias, scale, softcap):
             )
 
 
+def _find(impl, call):
+    on_cpu = call.hidden.device.type == "cpu"
+    if impl not in ("auto", "torch", "cpp"):
+        raise ValueError(f"linear_logp: impl must be 'auto', 'torch' or 'cpp', got {impl!r}")
+    if impl == "cpp" and not on_cpu:
+        raise ValueError(f"linear_logp: impl 'cpp' runs on the CPU, got hidden on {call.hidden.device}; use 'auto'")
+    if impl == "cpp" and not cpp.is_built():
+        raise RuntimeError(cpp.MISSING)
+    found = cpp if impl == "cpp" or (impl == "auto" and on_cpu and cpp.is_built()) else chunked
+    if call.drop_below > 0 and found is not cpp:
+        raise ValueError(f"linear_logp: drop_below > 0 wants impl 'cpp', here impl is {impl!r}; use drop_below=0")
+    return found
+
+
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, bias, options, grad_enabled):
-        wants = [grad_enabled and needed for needed in ctx.needs_input_grad]
-        ctx.options = options
-        ctx.head_trained = wants[1] or wants[3]
-        N = len(hidden)
-        logp = hidden.new_empty(N, dtype=rows.opmath(hidden.dtype))  # (N,) nats
-        defer = wants[0] and not ctx.head_trained
-        grad_rows = torch.empty_like(hidden) if defer else None  # (N, D) d logp / d hidden
-        for chunk in rows.chunks(N, head):
-            logits, cap = rows.logits(hidden[chunk], head, bias, options, grad=defer)
-            logp[chunk] = options.row_pass(logits, targets[chunk], defer)
-            if defer:
-                rows.through_cap(logits, cap, options)
-                rows.times_head(logits, head, out=grad_rows[chunk])
+    def forward(ctx, hidden, head, bias, call, impl, grad_enabled):
+        wants = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
+        ctx.head_trained = wants[1] or wants[2]
+        logp, lse, grad_rows = impl.forward(call, want_rows=wants[0] and not ctx.head_trained)
         if ctx.head_trained:
-            ctx.save_for_backward(hidden, head, targets, bias)
-        elif defer:
+            ctx.call, ctx.impl = call._replace(hidden=None, head=None, bias=None), impl
+            ctx.save_for_backward(hidden, head, bias, lse)
+        elif wants[0]:
             ctx.save_for_backward(grad_rows)
         return logp
 
@@ -111,22 +149,7 @@ class _LinearLogp(torch.autograd.Function):
         if not ctx.head_trained:
             (grad_rows,) = ctx.saved_tensors
             return (grad_rows * upstream[:, None]).to(grad_rows.dtype), None, None, None, None, None
-        hidden, head, targets, bias = ctx.saved_tensors
-        options = ctx.options
-        acc = rows.opmath(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(head, dtype=acc) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=acc) if ctx.needs_input_grad[3] else None
-        for chunk in rows.chunks(len(hidden), head):
-            logits, cap = rows.logits(hidden[chunk], head, bias, options, grad=True)
-            options.row_pass(logits, targets[chunk], True)
-            rows.through_cap(logits, cap, options)
-            logits.mul_(upstream[chunk, None])
-            if grad_head is not None:
-                rows.add_outer(logits, hidden[chunk], out=grad_head)
-            if grad_bias is not None:
-                grad_bias += logits.sum(0)
-            if grad_hidden is not None:
-                rows.times_head(logits, head, out=grad_hidden[chunk])
-        cast = [None if g is None else g.to(head.dtype) for g in (grad_head, grad_bias)]
-        return grad_hidden, cast[0], None, cast[1], None, None
+        hidden, head, bias, lse = ctx.saved_tensors
+        call = ctx.call._replace(hidden=hidden, head=head, bias=bias)
+        grads = ctx.impl.backward(call, lse, upstream, tuple(ctx.needs_input_grad[:3]))
+        return *(None if g is None else g.to(hidden.dtype) for g in grads), None, None, None

@@ -1,0 +1,124 @@
+"""impl 'torch' of linear_logp: the algorithm in PyTorch, a few rows at a time, on any device.
+
+Logits are held in opmath precision (float64 for float64, else float32), one chunk of rows at a time.
+"""
+
+import itertools
+
+import torch
+
+CPU_CHUNK_BYTES = 32 << 20  # of logits
+HALF_CHUNK_BYTES = 64 << 20  # half types on a CPU convert the head to float32 once a chunk, so fewer chunks
+GPU_CHUNK_BYTES = 256 << 20
+HEAD_BLOCK = 4096  # head rows converted to float32 at a time
+
+
+def opmath(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def forward(call, want_rows: bool):
+    """-> logp (N,), lse (N,), rows (N, D) = d logp / d hidden or None."""
+    N = len(call.hidden)
+    logp, lse = (call.hidden.new_empty(N, dtype=opmath(call.hidden.dtype)) for _ in range(2))
+    rows = torch.empty_like(call.hidden) if want_rows else None
+    for chunk in chunks(N, call.head):
+        z = _logits(call, chunk)
+        targets = call.targets[chunk]
+        lse[chunk] = torch.logsumexp(z, dim=1)
+        logp[chunk] = z.gather(1, targets[:, None]).squeeze(1) - lse[chunk]
+        if want_rows:
+            _times_head(_slopes(call, z, targets, lse[chunk]), call.head, out=rows[chunk])
+    return logp, lse, rows
+
+
+def backward(call, lse, upstream, wants: tuple[bool, bool, bool]):
+    """-> gradients of hidden, head and bias, None where not wanted; the logits are recomputed."""
+    acc = opmath(call.hidden.dtype)
+    grad_hidden = torch.empty_like(call.hidden) if wants[0] else None
+    grad_head = torch.zeros_like(call.head, dtype=acc) if wants[1] else None
+    grad_bias = torch.zeros_like(call.bias, dtype=acc) if wants[2] else None
+    for chunk in chunks(len(call.hidden), call.head):
+        grad = _slopes(call, _logits(call, chunk), call.targets[chunk], lse[chunk])
+        grad.mul_(upstream[chunk, None])
+        if wants[1]:
+            _add_outer(grad, call.hidden[chunk], out=grad_head)
+        if wants[2]:
+            grad_bias += grad.sum(0)
+        if wants[0]:
+            _times_head(grad, call.head, out=grad_hidden[chunk])
+    return grad_hidden, grad_head, grad_bias
+
+
+def chunks(N: int, head: torch.Tensor) -> list[slice]:
+    """Row slices of about the byte budget; never a tail of one row (a one-row product has other bits)."""
+    acc = opmath(head.dtype)
+    if head.is_cuda:
+        budget = GPU_CHUNK_BYTES
+    else:
+        budget = CPU_CHUNK_BYTES if head.dtype == acc else HALF_CHUNK_BYTES
+    size = max(2, budget // (len(head) * acc.itemsize))
+    starts = list(range(0, N, size))
+    if len(starts) > 1 and N - starts[-1] == 1:
+        starts.pop()
+    return [slice(a, b) for a, b in itertools.pairwise([*starts, N])]
+
+
+def _logits(call, chunk):
+    """z (n, V) of a chunk of rows, in opmath precision."""
+    z = _matmul(call.hidden[chunk], call.head.T)
+    if call.bias is not None:
+        z.add_(call.bias)
+    if call.scale != 1.0:
+        z.mul_(call.scale)
+    if call.softcap is not None:
+        z.div_(call.softcap).tanh_().mul_(call.softcap)
+    return z
+
+
+def _slopes(call, z, targets, lse):
+    """z (n, V) becomes d logp / d (h.W + b) = scale * (1 - (z/softcap)^2) * (onehot - softmax(z)), in place."""
+    slope = None if call.softcap is None else (z / call.softcap).square_().neg_().add_(1)
+    grad = z.sub_(lse[:, None]).exp_().neg_()
+    grad.scatter_add_(1, targets[:, None], torch.ones_like(lse)[:, None])
+    if slope is not None:
+        grad.mul_(slope)
+    return grad if call.scale == 1.0 else grad.mul_(call.scale)
+
+
+def _matmul(a, b):
+    """a @ b with the result in opmath precision, whatever the input dtype."""
+    acc = opmath(a.dtype)
+    if a.dtype == acc:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=acc)
+    out = a.new_empty(len(a), b.shape[1], dtype=acc)
+    a = a.to(acc)
+    for start in range(0, b.shape[1], HEAD_BLOCK):
+        block = slice(start, start + HEAD_BLOCK)
+        torch.mm(a, b[:, block].to(acc), out=out[:, block])
+    return out
+
+
+def _times_head(grad, head, out):
+    """out (n, D) = grad (n, V) @ head (V, D), summed in opmath precision (on a GPU grad is in the head's dtype)."""
+    acc = opmath(head.dtype)
+    if head.dtype == acc:
+        torch.mm(grad, head, out=out)
+    elif head.is_cuda:
+        torch.mm(grad.to(head.dtype), head, out=out)
+    else:
+        total = grad.new_zeros(out.shape)
+        for start in range(0, len(head), HEAD_BLOCK):
+            block = slice(start, start + HEAD_BLOCK)
+            total.addmm_(grad[:, block], head[block].to(acc))
+        out.copy_(total)
+
+
+def _add_outer(grad, h, out):
+    """out (V, D) += grad (n, V).T @ h (n, D), in opmath precision."""
+    if h.is_cuda and h.dtype != out.dtype:
+        out += torch.mm(grad.T.to(h.dtype), h, out_dtype=out.dtype)
+    else:
+        out.addmm_(grad.T, h.to(out.dtype))

@@ -38,6 +38,7 @@ void backward_block(T* z, int64_t n, int64_t B, int64_t v0, const int64_t* targe
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logp_fwd(
     const at::Tensor& hidden, const at::Tensor& head, const at::Tensor& targets,
     const std::optional<at::Tensor>& bias_in, double scale, std::optional<double> softcap, bool want_rows) {
+  const Plain plain;
   check(hidden, head, targets, bias_in);
   const Walk walk(hidden, head, even_chunks(hidden.size(0)), 0);
   const auto options = walk.hidden.options();
@@ -66,6 +67,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logp_bwd(
     const at::Tensor& hidden, const at::Tensor& head, const at::Tensor& targets,
     const std::optional<at::Tensor>& bias_in, double scale, std::optional<double> softcap, const at::Tensor& lse,
     const at::Tensor& upstream, bool want_hidden, bool want_head, bool want_bias) {
+  const Plain plain;
   check(hidden, head, targets, bias_in);
   const Walk walk(hidden, head, even_chunks(hidden.size(0)), 0);
   const auto options = walk.hidden.options();
@@ -74,6 +76,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logp_bwd(
   at::Tensor grad_head = at::empty({want_head ? walk.V : 0, walk.D}, options);
   at::Tensor grad_bias = at::empty({want_bias ? walk.V : 0}, options);
   if (!walk.N) return {grad_hidden, grad_head.zero_(), grad_bias.zero_()};
+  TORCH_CHECK(lse.sizes() == at::IntArrayRef({walk.N}) && lse.is_contiguous() && lse.dtype() == options.dtype() &&
+                  upstream.sizes() == lse.sizes(),
+              "linear_logp: lse and upstream must be (N,) = (", walk.N, ",), got ", lse.dtype(), " ", lse.sizes(),
+              " and ", upstream.sizes());
   const at::Tensor upstream_c = upstream.to(options).contiguous();
   AT_DISPATCH_FLOATING_TYPES(options.dtype().toScalarType(), "linear_logp_bwd", [&] {
     const Logits<scalar_t> logits = logits_of<scalar_t>(bias, scale, softcap);

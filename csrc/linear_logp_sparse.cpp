@@ -2,7 +2,7 @@
 // Spec: ddpo/reference.py::linear_logp; what is approximate is row[n] alone, logp is exact.
 //
 //   row[n] = f[n,y] W[y] - sum_{v kept} p f W[v] - sum over blocks b of t[n,b] * mean[s,b]
-//   kept:       p[n,v] >= drop_below (by the running sum, so never fewer)
+//   kept:       p f > drop_below (by the sum so far, so never fewer)
 //   t[n,b]      = sum of p f over the block's dropped v
 //   mean[s,b]   = the block's head rows averaged with the dropped p f summed over the rows of n's segment s
 //
@@ -68,10 +68,12 @@ std::tuple<at::Tensor, at::Tensor> linear_logp_sparse_fwd(
     const at::Tensor& hidden, const at::Tensor& head, const at::Tensor& targets,
     const std::optional<at::Tensor>& bias_in, double scale, std::optional<double> softcap,
     const at::Tensor& segments, double drop_below) {
+  const Plain plain;
   check(hidden, head, targets, bias_in);
   TORCH_CHECK(segments.dim() == 1 && segments.scalar_type() == at::kLong && segments.is_contiguous() &&
-                  segments.numel() > 1 && segments[-1].item<int64_t>() == hidden.size(0),
-              "linear_logp: segments must be contiguous int64 (S+1,) row offsets that end at ", hidden.size(0));
+                  segments.numel() > 1 && segments[0].item<int64_t>() == 0 &&
+                  segments[-1].item<int64_t>() == hidden.size(0) && (segments.diff() >= 0).all().item<bool>(),
+              "linear_logp: segments must be contiguous int64 (S+1,) row offsets that rise from 0 to ", hidden.size(0));
   const Walk walk(hidden, head, whole_segments(segments), kTailBlock);
   const auto options = walk.hidden.options();
   const int64_t N = walk.N, D = walk.D;

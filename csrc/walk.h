@@ -55,16 +55,19 @@ struct RowState {
 template <typename T>
 T exp_block(T* z, int64_t B, T max, const Logits<T>& logits, bool store) {
   using Vec = at::vec::Vectorized<T>;
-  const Vec max_vec(max), one(1), inv_cap(logits.softcap > 0 ? 1 / logits.softcap : T(0));
+  const bool capped = logits.softcap > 0;
+  const Vec max_vec(max), one(1), inv_cap(capped ? 1 / logits.softcap : T(0));
   Vec sum_vec(0);
   int64_t v = 0;
   for (; v + Vec::size() <= B; v += Vec::size()) {
     const Vec x = Vec::loadu(z + v);
     const Vec e = (x - max_vec).exp_u20();
     sum_vec = sum_vec + e;
-    if (store) {
+    if (store && capped) {
       const Vec t = x * inv_cap;
       (e * (one - t * t)).store(z + v);
+    } else if (store) {  // not through the slope: -inf * 0 is not a number
+      e.store(z + v);
     }
   }
   T sum = at::vec::vec_reduce_all<T>([](Vec a, Vec b) { return a + b; }, sum_vec);
@@ -104,7 +107,9 @@ struct Walk {
     N = hidden.size(0), D = hidden.size(1), V = head.size(0);
     int64_t most = 1;
     for (size_t i = 1; i < offsets.size(); ++i) most = std::max(most, offsets[i] - offsets[i - 1]);
-    B = std::min(V, block ? block : std::max<int64_t>(64, kBlockBytes / (most * hidden.element_size()) / 64 * 64));
+    const bool converts = head.scalar_type() != hidden.scalar_type() || !head.is_contiguous();
+    const int64_t row_bytes = std::max(most, converts ? D : 1) * hidden.element_size();  // of logits, of a head block
+    B = std::min(V, block ? block : std::max<int64_t>(64, kBlockBytes / row_bytes / 64 * 64));
     buffer = at::empty({most * B}, hidden.options());
   }
 
@@ -130,6 +135,12 @@ template <typename T>
 Logits<T> logits_of(const std::optional<at::Tensor>& bias, double scale, std::optional<double> softcap) {
   return {bias ? bias->const_data_ptr<T>() : nullptr, T(scale), T(softcap.value_or(0))};
 }
+
+// Inside a kernel: no autograd and no autocast for the products that it calls.
+struct Plain {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
 
 inline void check(const at::Tensor& hidden, const at::Tensor& head, const at::Tensor& targets,
            const std::optional<at::Tensor>& bias) {
@@ -162,6 +173,10 @@ void forward_block(T* z, int64_t n, int64_t B, int64_t v0, const int64_t* target
       logits.apply(z_i, v0, B);
       if (targets[i] >= v0 && targets[i] < v0 + B) row.target = z_i[targets[i] - v0];
       const T top = at::vec::reduce_all<T>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, z_i, B);
+      if (std::isnan(top) || std::isnan(row.max)) {  // exp_u20 would make a number of it
+        row.max = row.sum = std::numeric_limits<T>::quiet_NaN();
+        continue;
+      }
       const T max = std::max(row.max, top);
       if (max == -std::numeric_limits<T>::infinity()) {  // a block of impossible tokens
         if (out) std::fill(z_i, z_i + B, T(0));
@@ -186,7 +201,7 @@ void finish(const std::vector<RowState<T>>& rows, const Logits<T>& logits, const
   T* out_data = own_data ? out.mutable_data_ptr<T>() : nullptr;
   at::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      logp_data[i] = rows[i].target - rows[i].lse();
+      logp_data[i] = (rows[i].target - rows[i].max) - std::log(rows[i].sum);  // near 0 it keeps its digits
       if (lse) lse[i] = rows[i].lse();
       if (!own_data) continue;
       const T a = logits.scale * logits.slope(rows[i].target), b = -logits.scale / rows[i].sum;

@@ -32,7 +32,7 @@ def _fake_fwd(hidden, head, targets, bias, scale, softcap, want_rows):
 
 
 def _fake_sparse_fwd(hidden, head, targets, bias, scale, softcap, segments, drop_below):
-    return hidden.new_empty(hidden.shape[:1], dtype=opmath(hidden.dtype)), torch.empty_like(hidden)
+    return hidden.new_empty(hidden.shape[:1], dtype=opmath(hidden.dtype)), hidden.new_empty(hidden.shape)
 
 
 def _fake_bwd(hidden, head, targets, bias, scale, softcap, lse, upstream, want_hidden, want_head, want_bias):

@@ -58,7 +58,7 @@ def linear_logp(
         impl: 'auto', 'torch' or 'cpp' (CPU). 'auto' is the fastest that is there.
         drop_below: in [0, 1), probability. 0 is exact. Else, with a frozen head, probabilities under it enter the
             gradient of hidden by their sum times a mean head row (per segment and block of the vocabulary); the
-            log-probs stay exact.
+            log-probs stay exact. Its buffer is 1,024 logits for each row of the longest segment.
     Returns: (N,) nats; float64 for float64 input, else float32. Target logit and log-sum-exp are taken in that
         precision. Differentiable once in hidden, head and bias.
     Raises: ValueError for other shapes, dtypes or values; RuntimeError for a named impl that is not there.
@@ -68,6 +68,7 @@ def linear_logp(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden, head, bias = hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype)
+    segments = None if segments is None else segments.contiguous()
     call = Call(hidden, head, targets.contiguous(), bias, scale, softcap, segments, drop_below)
     _check(call)
     return _LinearLogp.apply(hidden, head, bias, call, _find(impl, call), torch.is_grad_enabled())

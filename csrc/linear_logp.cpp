@@ -40,7 +40,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logp_fwd(
     const std::optional<at::Tensor>& bias_in, double scale, std::optional<double> softcap, bool want_rows) {
   const Plain plain;
   check(hidden, head, targets, bias_in);
-  const Walk walk(hidden, head, even_chunks(hidden.size(0)), 0);
+  const Walk walk(hidden, head, 0);
   const auto options = walk.hidden.options();
   const std::optional<at::Tensor> bias = bias_in ? std::optional(bias_in->to(options).contiguous()) : std::nullopt;
   at::Tensor logp = at::empty({walk.N}, options), lse = at::empty({walk.N}, options);
@@ -69,7 +69,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logp_bwd(
     const at::Tensor& upstream, bool want_hidden, bool want_head, bool want_bias) {
   const Plain plain;
   check(hidden, head, targets, bias_in);
-  const Walk walk(hidden, head, even_chunks(hidden.size(0)), 0);
+  const Walk walk(hidden, head, 0);
   const auto options = walk.hidden.options();
   const std::optional<at::Tensor> bias = bias_in ? std::optional(bias_in->to(options).contiguous()) : std::nullopt;
   at::Tensor grad_hidden = at::zeros({want_hidden ? walk.N : 0, walk.D}, options);

@@ -9,7 +9,12 @@ TORCH_LIBRARY(ddpo, m) {
       "bool want_rows) -> (Tensor, Tensor, Tensor)");
   m.def(
       "linear_logp_sparse_fwd(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float scale, float? softcap, "
-      "Tensor segments, float drop_below) -> (Tensor, Tensor)");
+      "Tensor segments, float drop_below, bool head_trained) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_logp_sparse_bwd(Tensor hidden, Tensor targets, Tensor segments, Tensor upstream, float scale, "
+      "Tensor slope, Tensor ends, Tensor kept_rows, Tensor kept, Tensor tail, Tensor share, bool want_head, "
+      "bool want_bias) -> (Tensor, Tensor)");
   m.def(
       "linear_logp_bwd(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float scale, float? softcap, "
       "Tensor lse, Tensor upstream, bool want_hidden, bool want_head, bool want_bias) -> (Tensor, Tensor, Tensor)");

@@ -79,18 +79,22 @@ T exp_block(T* z, int64_t B, T max, const Logits<T>& logits, bool store) {
   return sum;
 }
 
+// out += a * x
+template <typename T>
+void axpy(T* out, T a, const T* x, int64_t n) {
+  using Vec = at::vec::Vectorized<T>;
+  const Vec a_vec(a);
+  int64_t i = 0;
+  for (; i + Vec::size() <= n; i += Vec::size()) {
+    at::vec::fmadd(a_vec, Vec::loadu(x + i), Vec::loadu(out + i)).store(out + i);
+  }
+  for (; i < n; ++i) out[i] += a * x[i];
+}
+
 template <typename T>
 void scale_row(T* x, T factor, int64_t n) {
   using Vec = at::vec::Vectorized<T>;
   at::vec::map([factor](Vec a) { return a * Vec(factor); }, x, x, n);
-}
-
-// Row offsets of even chunks of at most kRows, none of them a single row unless N is.
-inline std::vector<int64_t> even_chunks(int64_t N) {
-  const int64_t chunks = std::max<int64_t>(1, (N + kRows - 1) / kRows);
-  std::vector<int64_t> offsets;
-  for (int64_t i = 0; i <= chunks; ++i) offsets.push_back(N * i / chunks);
-  return offsets;
 }
 
 // The walk over blocks of the vocabulary and chunks of rows that all kernels share.
@@ -101,21 +105,21 @@ struct Walk {
   int64_t N, V, D, B;
 
   // block: head rows taken together; 0: as many as keep a block of logits in cache
-  Walk(const at::Tensor& hidden_, const at::Tensor& head_, std::vector<int64_t> offsets_, int64_t block)
-      : head(head_), offsets(std::move(offsets_)) {
+  Walk(const at::Tensor& hidden_, const at::Tensor& head_, int64_t block) : head(head_) {
     hidden = hidden_.to(at::toOpMathType(hidden_.scalar_type())).contiguous();
     N = hidden.size(0), D = hidden.size(1), V = head.size(0);
-    int64_t most = 1;
-    for (size_t i = 1; i < offsets.size(); ++i) most = std::max(most, offsets[i] - offsets[i - 1]);
+    // even chunks of at most kRows, none of them a single row unless N is
+    const int64_t chunks = std::max<int64_t>(1, (N + kRows - 1) / kRows), most = std::max<int64_t>(1, (N + chunks - 1) / chunks);
+    for (int64_t i = 0; i <= chunks; ++i) offsets.push_back(N * i / chunks);
     const bool converts = head.scalar_type() != hidden.scalar_type() || !head.is_contiguous();
     const int64_t row_bytes = std::max(most, converts ? D : 1) * hidden.element_size();  // of logits, of a head block
     B = std::min(V, block ? block : std::max<int64_t>(64, kBlockBytes / row_bytes / 64 * 64));
     buffer = at::empty({most * B}, hidden.options());
   }
 
-  // f(v0, head block (b, D), row0, hidden chunk (n, D), raw products (n, b))
-  template <typename F>
-  void each(F f) const {
+  // f(v0, head block (b, D), row0, hidden chunk (n, D), raw products (n, b)), then after(v0, head block)
+  template <typename F, typename After>
+  void each(F f, After after) const {
     for (int64_t v0 = 0; v0 < V; v0 += B) {
       const int64_t b = std::min(B, V - v0);
       const at::Tensor block = head.narrow(0, v0, b).to(hidden.scalar_type()).contiguous();
@@ -127,7 +131,13 @@ struct Walk {
         at::mm_out(z, chunk, block.t());
         f(v0, block, row0, chunk, z);
       }
+      after(v0, block);
     }
+  }
+
+  template <typename F>
+  void each(F f) const {
+    each(f, [](int64_t, const at::Tensor&) {});
   }
 };
 

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddpo import reference
+from ddpo.ops import chunked, cpp
+
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("DDPO_SHARED_DATA", ROOT.parent / "shared" / "data"))
 torch.use_deterministic_algorithms(True)  # with it torch.empty and at::empty arrive full of NaN
@@ -31,6 +34,37 @@ def relative(a, b):
         assert a.keys() == b.keys()
         a, b = (torch.cat([x[k].double().reshape(-1) for k in sorted(x)]) for x in (a, b))
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# --- linear_logp ------------------------------------------------------------------------------------------
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+need_cpp = pytest.mark.skipif(not cpp.is_built and not os.environ.get("CI"), reason="ddpo._C was not built")
+impls = pytest.mark.parametrize("impl", ["torch", pytest.param("cpp", marks=need_cpp)])
+
+
+def case(N, D, V, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden, head, bias = (torch.randn(*s, generator=g) for s in ((N, D), (V, D), (V,)))
+    targets = torch.randint(0, V, (N,), generator=g)
+    upstream = torch.randn(N, generator=g)  # not uniform: ones alone hid errors of peers
+    return [x.to(dtype) for x in (hidden, head, bias)], targets, upstream
+
+
+def gradients(f, tensors, targets, upstream, dtype, trained, **options):
+    """logp and the gradients asked for: hidden's, and if trained head's and bias's."""
+    hidden, head, bias = (x.to(dtype, copy=True) for x in tensors)
+    inputs = [hidden.requires_grad_()]
+    if trained:
+        inputs += [head.requires_grad_(), bias.requires_grad_()]
+    logp = f(hidden, head, targets, bias=bias, **options)
+    return [logp.detach(), *torch.autograd.grad(logp, inputs, upstream.to(logp.dtype))]
+
+
+def in_opmath(hidden, head, targets, bias, **options):
+    """PyTorch on the same values with nothing rounded but the gradients: what half types are held to."""
+    acc = chunked.opmath(hidden.dtype)
+    return reference.linear_logp(hidden.to(acc), head.to(acc), targets, bias.to(acc), **options)
 
 
 CHATML = (

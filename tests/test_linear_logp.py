@@ -1,42 +1,13 @@
 """linear_logp against the float64 reference, and the traps that broke its peers."""
 
-import os
 import sys
 
 import pytest
 import torch
-from conftest import close_to_truth, relative
+from conftest import DTYPES, case, close_to_truth, gradients, impls, in_opmath, need_cpp, relative
 
 from ddpo import reference
 from ddpo.ops import chunked, cpp, linear_logp, sequence_sum
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-need_cpp = pytest.mark.skipif(not cpp.is_built() and not os.environ.get("CI"), reason="ddpo._C was not built")
-impls = pytest.mark.parametrize("impl", ["torch", pytest.param("cpp", marks=need_cpp)])
-
-
-def case(N, D, V, dtype, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    hidden, head, bias = (torch.randn(*s, generator=g) for s in ((N, D), (V, D), (V,)))
-    targets = torch.randint(0, V, (N,), generator=g)
-    upstream = torch.randn(N, generator=g)  # not uniform: ones alone hid errors of peers
-    return [x.to(dtype) for x in (hidden, head, bias)], targets, upstream
-
-
-def gradients(f, tensors, targets, upstream, dtype, trained, **options):
-    """logp and the gradients asked for: hidden's, and if trained head's and bias's."""
-    hidden, head, bias = (x.to(dtype, copy=True) for x in tensors)
-    inputs = [hidden.requires_grad_()]
-    if trained:
-        inputs += [head.requires_grad_(), bias.requires_grad_()]
-    logp = f(hidden, head, targets, bias=bias, **options)
-    return [logp.detach(), *torch.autograd.grad(logp, inputs, upstream.to(logp.dtype))]
-
-
-def _in_opmath(hidden, head, targets, bias, **options):
-    """PyTorch on the same values with nothing rounded but the gradients: what half types are held to."""
-    acc = chunked.opmath(hidden.dtype)
-    return reference.linear_logp(hidden.to(acc), head.to(acc), targets, bias.to(acc), **options)
 
 
 @impls
@@ -48,7 +19,7 @@ def test_matches_reference(impl, dtype, trained, softcap, N, D, V):
     tensors, targets, upstream = case(N, D, V, dtype)
     common = {"scale": 0.7, "softcap": softcap}
     ours = gradients(linear_logp, tensors, targets, upstream, dtype, trained, **common, impl=impl)
-    plain = gradients(_in_opmath, tensors, targets, upstream, dtype, trained, **common)
+    plain = gradients(in_opmath, tensors, targets, upstream, dtype, trained, **common)
     truth = gradients(reference.linear_logp, tensors, targets, upstream, torch.float64, trained, **common)
     assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for o, p, t in zip(ours, plain, truth, strict=True):
@@ -92,12 +63,12 @@ def test_bitwise_reruns_and_threads(impl):
 
 
 def test_frozen_head_keeps_nothing_of_size_v():
-    """Deferred scale: what autograd keeps is the rows' gradient, (N, D)."""
+    """Deferred scale: what autograd keeps beside the targets is the rows' gradient, (N, D)."""
     (hidden, head, _), targets, _ = case(64, 8, 4096, torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         linear_logp(hidden.requires_grad_(), head, targets)
-    assert saved == [(64, 8)]
+    assert saved == [(64,), (64, 8)]
 
 
 def test_no_gradient_wanted_keeps_nothing():
@@ -201,7 +172,7 @@ def test_bad_input(change, message):
 
 
 def test_cpp_missing_is_said(monkeypatch):
-    monkeypatch.setattr(cpp, "is_built", lambda: False)
+    monkeypatch.setattr(cpp, "is_built", False)
     (hidden, head, _), targets, _ = case(2, 4, 9, torch.float32)
     linear_logp(hidden, head, targets)  # auto goes on in PyTorch
     with pytest.raises(RuntimeError, match=r"was not built.*DDPO_BUILD_CPP=1"):
@@ -215,97 +186,56 @@ def test_opcheck(dtype):
     call = (hidden, head, targets, bias, 0.7, 3.0)
     torch.library.opcheck(torch.ops.ddpo.linear_logp_fwd.default, (*call, True))
     torch.library.opcheck(torch.ops.ddpo.linear_logp_fwd.default, (*call, False))
-    torch.library.opcheck(torch.ops.ddpo.linear_logp_sparse_fwd.default, (*call, torch.tensor([0, 2, 5]), 0.01))
+    segments = torch.tensor([0, 2, 5])
+    for trained in (False, True):
+        torch.library.opcheck(torch.ops.ddpo.linear_logp_sparse_fwd.default, (*call, segments, 0.01, trained))
+    _, _, *kept = torch.ops.ddpo.linear_logp_sparse_fwd(*call, segments, 0.01, True)
+    sparse = (hidden, targets, segments, upstream.to(kept[0]), 0.7, *kept, True, True)
+    torch.library.opcheck(torch.ops.ddpo.linear_logp_sparse_bwd.default, sparse)
     _, lse, _ = torch.ops.ddpo.linear_logp_fwd(*call, False)
     torch.library.opcheck(torch.ops.ddpo.linear_logp_bwd.default, (*call, lse, upstream.to(lse), True, True, True))
     with pytest.raises(RuntimeError, match=r"lse and upstream must be \(N,\) = \(5,\)"):
         torch.ops.ddpo.linear_logp_bwd(*call, lse[:1], upstream.to(lse), True, True, True)
     with pytest.raises(RuntimeError, match="segments must be contiguous int64"):
-        torch.ops.ddpo.linear_logp_sparse_fwd(*call, torch.tensor([3, 5]), 0.01)
+        torch.ops.ddpo.linear_logp_sparse_fwd(*call, torch.tensor([3, 5]), 0.01, False)
     with pytest.raises(RuntimeError, match=r"targets must be a contiguous int64 \(5,\)"):
         torch.ops.ddpo.linear_logp_fwd(hidden, head, targets.int(), None, 1.0, None, False)
     with pytest.raises(RuntimeError, match=r"targets must lie in \[0, 40\), got 40"):
         torch.ops.ddpo.linear_logp_fwd(hidden, head, torch.full((5,), 40), None, 1.0, None, False)
 
 
-# --- drop_below -------------------------------------------------------------------------------------------
+@impls
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_opcheck_of_the_whole(impl, trained):
+    (hidden, head, bias), targets, _ = case(20, 8, 40, torch.float32)
+    inputs = [hidden.requires_grad_(), head.requires_grad_(trained), targets, bias.requires_grad_(trained)]
+    wants = [True, trained, trained]
+    torch.library.opcheck(torch.ops.ddpo.linear_logp.default, (*inputs, 0.7, 3.0, None, 0.0, impl, wants))
+    logp = linear_logp(hidden, head, targets, impl=impl)
+    (grad,) = torch.autograd.grad(logp.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no autograd formula was registered|does not require grad"):
+        grad.sum().backward()
 
 
-def peaked(N, D, V, seed=0):
-    """Hidden rows whose probabilities are as uneven as a language model's: a few large, a long tail."""
-    (hidden, head, bias), targets, _ = case(N, D, V, torch.float32, seed)
-    return 1.5 * hidden, head * torch.linspace(1.5, 0.3, V)[:, None], bias, targets
-
-
-@need_cpp
-@pytest.mark.parametrize("softcap", [None, 30.0], ids=["", "softcap"])
-@pytest.mark.parametrize("drop_below, bound", [(2**-10, 0.12), (2**-14, 0.04), (1e-30, 1e-5)])
-def test_drop_below(drop_below, bound, softcap):
-    """Log-probs stay exact; the gradient's error shrinks with the threshold, and vanishes with it."""
-    hidden, head, bias, targets = peaked(300, 16, 5003)
-    segments = torch.tensor([0, 100, 101, 300])
-    c = torch.tensor([0.3, -1.0, 0.7]).repeat_interleave(segments.diff())
-    options = {"bias": bias, "softcap": softcap}
-    exact = linear_logp(hidden.double(), head.double(), targets, bias=bias.double(), softcap=softcap)
-    h = hidden.requires_grad_()
-    (truth,) = torch.autograd.grad(
-        reference.linear_logp(h.double(), head.double(), targets, bias.double(), 1, softcap), h, c.double()
-    )
-    logp = linear_logp(h, head, targets, segments=segments, drop_below=drop_below, **options)
-    (grad,) = torch.autograd.grad(logp, h, c)
-    torch.testing.assert_close(logp.double(), exact, rtol=1e-6, atol=1e-5)
-    assert relative(grad, truth) < bound
-    # one coefficient a segment: the sums of its tails nearly cancel, without the mean rows they do not
-    z = hidden.detach().double() @ head.double().T + bias.double()
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    p = z.softmax(1) * (1 if softcap is None else 1 - (z / softcap) ** 2)
-    dropped = torch.where(p > drop_below, 0.0, p) @ head.double() * c.double()[:, None]  # what is missing uncorrected
-    for a, b in ((0, 100), (101, 300)):
-        error, uncorrected = (grad.double() - truth)[a:b].sum(0).norm(), dropped[a:b].sum(0).norm()
-        assert drop_below < 1e-20 or error < 0.35 * uncorrected
-
-
-@need_cpp
-def test_a_segment_does_not_see_its_neighbours():
-    hidden, head, _, targets = peaked(1500, 16, 3000)
-    segments = torch.tensor([0, 700, 1200, 1500])
-    grads = []
-    for a, b, inner in ((0, 1500, segments), (700, 1200, torch.tensor([0, 500]))):
-        h = hidden[a:b].clone().requires_grad_()
-        logp = linear_logp(h, head, targets[a:b], segments=inner, drop_below=2**-9)
-        grads.append(torch.autograd.grad(logp.sum(), h)[0])
-    torch.testing.assert_close(grads[0][700:1200], grads[1], rtol=1e-4, atol=1e-5)
-
-
-@need_cpp
-def test_drop_below_is_bitwise_for_any_threads():
-    hidden, head, _, targets = peaked(64, 16, 3000)
-
-    def rows():
-        segments = torch.tensor([0, 64])
-        return torch.ops.ddpo.linear_logp_sparse_fwd(hidden, head, targets, None, 1.0, None, segments, 2**-9)
-
-    two, before = rows(), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = rows()
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"drop_below": 1.0}, r"drop_below must be in \[0, 1\), got 1.0"),
-        ({"drop_below": 0.1, "impl": "torch"}, "drop_below > 0 wants impl 'cpp'"),
-        ({"segments": torch.tensor([0.0, 3.0])}, r"segments must be int64 \(S\+1,\) row offsets"),
-        ({"drop_below": 0.1, "segments": torch.tensor([0, 2])}, "segments must rise from 0 to N = 3"),
-    ],
+    "options",
+    [{"impl": "torch"}, *(pytest.param({"impl": "cpp", "drop_below": d}, marks=need_cpp) for d in (0.0, 1e-3))],
 )
-def test_bad_drop_below(change, message):
-    with pytest.raises(ValueError, match=message):
-        linear_logp(torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3, dtype=torch.int64), **change)
+def test_compiles_without_a_break(options, trained):
+    """Under torch.compile of what is around it, the same values and gradients, and no graph break."""
+    (hidden, head, _), targets, upstream = case(40, 16, 300, torch.float32)
+    segments = torch.tensor([0, 20, 40])
+
+    def f(h, w):
+        return linear_logp(torch.tanh(h), w, targets, segments=segments, **options) * upstream
+
+    results = []
+    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_(trained)
+        out = g(h, w)
+        results.append((out, *torch.autograd.grad(out.sum(), (h, w) if trained else (h,))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @need_cpp

@@ -17,11 +17,19 @@ def opmath(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def forward(call, want_rows: bool):
-    """-> logp (N,), lse (N,), rows (N, D) = d logp / d hidden or None."""
+def fake(call, wants: tuple[bool, bool, bool]):
+    """What forward gives, unwritten: logp (N,), and for backward rows (N, D) = d logp / d hidden where only hidden's
+    gradient is wanted, lse (N,) where head's or bias's is. wants: the gradients of hidden, head and bias."""
+    logp, lse = (call.hidden.new_empty(call.hidden.shape[0], dtype=opmath(call.hidden.dtype)) for _ in range(2))
+    return logp, [torch.empty_like(call.hidden)] if wants == (True, False, False) else [lse]
+
+
+def forward(call, wants: tuple[bool, bool, bool]):
+    """As `fake`, with the values."""
     N = len(call.hidden)
-    logp, lse = (call.hidden.new_empty(N, dtype=opmath(call.hidden.dtype)) for _ in range(2))
-    rows = torch.empty_like(call.hidden) if want_rows else None
+    logp, (saved,) = fake(call, wants)
+    want_rows = wants == (True, False, False)
+    lse, rows = (torch.empty_like(logp), saved) if want_rows else (saved, None)
     for chunk in chunks(N, call.head):
         z = _logits(call, chunk)
         targets = call.targets[chunk]
@@ -29,11 +37,19 @@ def forward(call, want_rows: bool):
         logp[chunk] = z.gather(1, targets[:, None]).squeeze(1) - lse[chunk]
         if want_rows:
             _times_head(_slopes(call, z, targets, lse[chunk]), call.head, out=rows[chunk])
-    return logp, lse, rows
+    return logp, [saved]
 
 
-def backward(call, lse, upstream, wants: tuple[bool, bool, bool]):
-    """-> gradients of hidden, head and bias, None where not wanted; the logits are recomputed."""
+def deferred(rows, upstream):
+    """The gradient of hidden (N, D) from its rows for an upstream of one."""
+    return (rows * upstream[:, None]).to(rows.dtype)
+
+
+def backward(call, saved, upstream, wants: tuple[bool, bool, bool]):
+    """-> gradients of hidden, head and bias, None where not wanted; with a trained head the logits are recomputed."""
+    if wants == (True, False, False):
+        return deferred(saved[0], upstream), None, None
+    (lse,) = saved
     acc = opmath(call.hidden.dtype)
     grad_hidden = torch.empty_like(call.hidden) if wants[0] else None
     grad_head = torch.zeros_like(call.head, dtype=acc) if wants[1] else None
@@ -47,7 +63,7 @@ def backward(call, lse, upstream, wants: tuple[bool, bool, bool]):
             grad_bias += grad.sum(0)
         if wants[0]:
             _times_head(grad, call.head, out=grad_hidden[chunk])
-    return grad_hidden, grad_head, grad_bias
+    return [None if grad is None else grad.to(call.hidden.dtype) for grad in (grad_hidden, grad_head, grad_bias)]
 
 
 def chunks(N: int, head: torch.Tensor) -> list[slice]:

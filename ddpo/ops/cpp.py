@@ -1,28 +1,16 @@
 """impl 'cpp' of linear_logp: the kernels of csrc/, for CPUs. Same signature as ddpo.ops.chunked."""
 
-import functools
 import importlib.util
 
 import torch
 
-from ddpo.ops.chunked import opmath
+from ddpo.ops.chunked import deferred, opmath
 
 MISSING = (
     "linear_logp: impl 'cpp' wants the extension ddpo._C, which was not built; install a C++ compiler and reinstall "
     "with DDPO_BUILD_CPP=1, or use impl='torch'"
 )
-
-
-@functools.cache
-def is_built() -> bool:
-    """Whether the extension was built; loads it on the first call."""
-    if importlib.util.find_spec("ddpo._C") is None:
-        return False
-    import ddpo._C  # noqa: F401  registers torch.ops.ddpo
-
-    for name, shapes in FAKES.items():
-        torch.library.register_fake(f"ddpo::{name}", shapes)
-    return True
+TAIL_BLOCK = 1024  # head rows that share a mean row: kTailBlock of csrc/linear_logp_sparse.cpp
 
 
 def _fake_fwd(hidden, head, targets, bias, scale, softcap, want_rows):
@@ -31,34 +19,76 @@ def _fake_fwd(hidden, head, targets, bias, scale, softcap, want_rows):
     return per_row, torch.empty_like(per_row), hidden.new_empty((hidden.shape[0] if want_rows else 0, hidden.shape[1]))
 
 
-def _fake_sparse_fwd(hidden, head, targets, bias, scale, softcap, segments, drop_below):
-    return hidden.new_empty(hidden.shape[:1], dtype=opmath(hidden.dtype)), hidden.new_empty(hidden.shape)
-
-
 def _fake_bwd(hidden, head, targets, bias, scale, softcap, lse, upstream, want_hidden, want_head, want_bias):
     (N, D), V, acc = hidden.shape, head.shape[0], opmath(hidden.dtype)
     shapes = ((N if want_hidden else 0, D), (V if want_head else 0, D), (V if want_bias else 0,))
     return tuple(hidden.new_empty(shape, dtype=acc) for shape in shapes)
 
 
-FAKES = {"linear_logp_fwd": _fake_fwd, "linear_logp_sparse_fwd": _fake_sparse_fwd, "linear_logp_bwd": _fake_bwd}
+def _fake_sparse_fwd(hidden, head, targets, bias, scale, softcap, segments, drop_below, head_trained):
+    (N, _), V, S = hidden.shape, head.shape[0], segments.shape[0] - 1
+    floats = torch.empty(0, dtype=opmath(hidden.dtype), device=hidden.device)
+    logp, rows = floats.new_empty(N), torch.empty_like(hidden)
+    K = torch.library.get_ctx().new_dynamic_size() if head_trained else 0
+    N, V, S, blocks = (N, V, S, -(-V // TAIL_BLOCK)) if head_trained else (0, V, 0, 0)
+    ends, kept_rows = targets.new_empty(V if head_trained else 0), targets.new_empty(K, dtype=torch.int32)
+    shapes = ((N,), (K,), (blocks, N), (S, V))
+    slope, kept, tail, share = (floats.new_empty(shape) for shape in shapes)
+    return logp, rows, slope, ends, kept_rows, kept, tail, share
 
 
-def forward(call, want_rows: bool):
-    """-> logp (N,), lse (N,) or None, rows (N, D) = d logp / d hidden or None."""
+def _fake_sparse_bwd(
+    hidden, targets, segments, upstream, scale, slope, ends, kept_rows, kept, tail, share, want_head, want_bias
+):
+    V = ends.shape[0]
+    return kept.new_empty(V if want_head else 0, hidden.shape[1]), kept.new_empty(V if want_bias else 0)
+
+
+def _load() -> bool:
+    """Whether the extension was built; registers torch.ops.ddpo and its fake kernels."""
+    if importlib.util.find_spec("ddpo._C") is None:
+        return False
+    import ddpo._C  # noqa: F401
+
+    fakes = {"fwd": _fake_fwd, "bwd": _fake_bwd, "sparse_fwd": _fake_sparse_fwd, "sparse_bwd": _fake_sparse_bwd}
+    for name, shapes in fakes.items():
+        torch.library.register_fake(f"ddpo::linear_logp_{name}", shapes)
+    return True
+
+
+is_built = _load()
+
+
+def forward(call, wants: tuple[bool, bool, bool]):
+    """-> logp (N,), what backward needs of forward. wants: the gradients of hidden, head and bias."""
     tensors = (call.hidden, call.head, call.targets, call.bias, call.scale, call.softcap)
-    if want_rows and call.drop_below > 0:
-        segments = call.segments
-        if segments is None:
-            segments = torch.tensor([0, len(call.hidden)])
-        logp, rows = torch.ops.ddpo.linear_logp_sparse_fwd(*tensors, segments, call.drop_below)
-        return logp, None, rows
-    logp, lse, rows = torch.ops.ddpo.linear_logp_fwd(*tensors, want_rows)
-    return logp, lse, rows if want_rows else None
+    head_trained = wants[1] or wants[2]
+    if any(wants) and call.drop_below > 0:
+        sparse = (_segments(call), call.drop_below, head_trained)
+        logp, rows, *kept = torch.ops.ddpo.linear_logp_sparse_fwd(*tensors, *sparse)
+        return logp, [rows, *kept] if head_trained else [rows]
+    logp, lse, rows = torch.ops.ddpo.linear_logp_fwd(*tensors, wants[0] and not head_trained)
+    return logp, [lse] if head_trained else [rows]
 
 
-def backward(call, lse, upstream, wants: tuple[bool, bool, bool]):
+def backward(call, saved, upstream, wants: tuple[bool, bool, bool]):
     """-> gradients of hidden, head and bias, None where not wanted."""
-    tensors = (call.hidden, call.head, call.targets, call.bias, call.scale, call.softcap)
-    grads = torch.ops.ddpo.linear_logp_bwd(*tensors, lse, upstream, *wants)
-    return [grad if want else None for grad, want in zip(grads, wants, strict=True)]
+    if not wants[1] and not wants[2]:
+        return deferred(saved[0], upstream), None, None
+    if call.drop_below > 0:
+        rows, *kept = saved
+        of_head, of_bias = torch.ops.ddpo.linear_logp_sparse_bwd(
+            call.hidden, call.targets, _segments(call), upstream, call.scale, *kept, *wants[1:]
+        )
+        grads = (deferred(rows, upstream) if wants[0] else None, of_head, of_bias)
+    else:
+        tensors = (call.hidden, call.head, call.targets, call.bias, call.scale, call.softcap)
+        grads = torch.ops.ddpo.linear_logp_bwd(*tensors, *saved, upstream, *wants)
+    return [grad.to(call.hidden.dtype) if want else None for grad, want in zip(grads, wants, strict=True)]
+
+
+fake = forward  # on fake tensors the kernels give fakes
+
+
+def _segments(call):
+    return torch.tensor([0, call.hidden.shape[0]]) if call.segments is None else call.segments

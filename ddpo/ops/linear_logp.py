@@ -7,41 +7,47 @@ G is the unit of work, one head GEMM (2*N*V*D FLOP).
   rows and backward multiplies them by the upstream c: 2G in all, any chunking, nothing recomputed.
 * Head (or bias) trained: backward recomputes the logits: 4G, gradients summed in float32.
 * No gradient wanted: 1G.
-* drop_below > 0 (impl cpp, head frozen): probabilities under it are not multiplied one by one: little more than 1G.
+* drop_below > 0 (impl cpp): probabilities under it are not multiplied one by one; a trained head's gradient is made
+  of those that were kept: little more than 1G, head frozen or trained.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ddpo.ops import chunked, cpp
+
+BACKENDS = {"torch": chunked, "cpp": cpp}
+MIN_MEAN_ROWS = 16  # of a segment, for drop_below to pay: a segment costs about as much as a row
 
 
 class Call(NamedTuple):
     """The checked arguments of one call, as every implementation gets them."""
 
-    hidden: torch.Tensor
-    head: torch.Tensor
-    targets: torch.Tensor
-    bias: torch.Tensor | None
+    hidden: Tensor
+    head: Tensor
+    targets: Tensor
+    bias: Tensor | None
     scale: float
     softcap: float | None
-    segments: torch.Tensor | None
+    segments: Tensor | None
     drop_below: float
 
 
 def linear_logp(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    targets: torch.Tensor,
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
     *,
-    bias: torch.Tensor | None = None,
+    bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-    segments: torch.Tensor | None = None,
+    segments: Tensor | None = None,
     impl: str = "auto",
     drop_below: float = 0.0,
-) -> torch.Tensor:
+) -> Tensor:
     """Log-probability of each target token under a linear head.
 
     z = scale * (hidden @ head.T + bias), with softcap c: z = c * tanh(z / c)
@@ -56,9 +62,11 @@ def linear_logp(
         softcap: positive cap on the logits, or None.
         segments: (S+1,) int64 row offsets of the sequences, from 0 to N; only drop_below uses them. None: one.
         impl: 'auto', 'torch' or 'cpp' (CPU). 'auto' is the fastest that is there.
-        drop_below: in [0, 1), probability. 0 is exact. Else, with a frozen head, probabilities under it enter the
-            gradient of hidden by their sum times a mean head row (per segment and block of the vocabulary); the
-            log-probs stay exact. Its buffer is 1,024 logits for each row of the longest segment.
+        drop_below: in [0, 1), probability. 0 is exact. Else probabilities under it (times the softcap's slope) enter
+            the gradients by their sum times a mean, per segment and 1,024 ids of the vocabulary: a mean head row in
+            hidden's gradient, a mean hidden row in head's. Log-probs stay exact. Exact all the same where segments
+            hold fewer than 16 rows on average: they would gain nothing. What is kept for a trained head's gradient
+            grows with V by one float per segment and id.
     Returns: (N,) nats; float64 for float64 input, else float32. Target logit and log-sum-exp are taken in that
         precision. Differentiable once in hidden, head and bias.
     Raises: ValueError for other shapes, dtypes or values; RuntimeError for a named impl that is not there.
@@ -68,17 +76,21 @@ def linear_logp(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden, head, bias = hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype)
-    segments = None if segments is None else segments.contiguous()
+    if segments is not None:
+        segments = segments.contiguous()
+        if MIN_MEAN_ROWS * (len(segments) - 1) > len(hidden):
+            drop_below = 0.0
     call = Call(hidden, head, targets.contiguous(), bias, scale, softcap, segments, drop_below)
     _check(call)
-    return _LinearLogp.apply(hidden, head, bias, call, _find(impl, call), torch.is_grad_enabled())
+    wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head, bias)]
+    return _forward(*call, _find(impl, call), wants)[0]
 
 
 def _check(call: Call) -> None:
     hidden, head, targets, bias, scale, softcap, segments, drop_below = call
 
     def refuse(name, wanted, value):
-        got = f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, torch.Tensor) else value
+        got = f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else value
         raise ValueError(f"linear_logp: {name} must be {wanted}, got {got}")
 
     if hidden.dim() != 2 or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -102,13 +114,11 @@ def _check(call: Call) -> None:
         refuse("drop_below", "in [0, 1)", drop_below)
     if segments is not None and (segments.dim() != 1 or segments.dtype != torch.int64 or len(segments) < 2):
         refuse("segments", "int64 (S+1,) row offsets", segments)
-    if (
-        drop_below > 0
-        and segments is not None
-        and (segments[0] != 0 or segments[-1] != N or (segments.diff() < 0).any())
-    ):
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # values: a host sync, a graph break; the C++ kernels check them again
+    if segments is not None and (segments[0] != 0 or segments[-1] != N or (segments.diff() < 0).any()):
         raise ValueError(f"linear_logp: segments must rise from 0 to N = {N}")
-    if N and targets.device.type == "cpu":  # on a GPU the check would be a host sync
+    if N:
         low, high = targets.aminmax()
         if low < 0 or high >= V:
             raise ValueError(
@@ -117,40 +127,98 @@ def _check(call: Call) -> None:
             )
 
 
-def _find(impl, call):
+def _find(impl: str, call: Call) -> str:
+    """The implementation that runs: a key of BACKENDS."""
     on_cpu = call.hidden.device.type == "cpu"
-    if impl not in ("auto", "torch", "cpp"):
+    if impl not in ("auto", *BACKENDS):
         raise ValueError(f"linear_logp: impl must be 'auto', 'torch' or 'cpp', got {impl!r}")
     if impl == "cpp" and not on_cpu:
         raise ValueError(f"linear_logp: impl 'cpp' runs on the CPU, got hidden on {call.hidden.device}; use 'auto'")
-    if impl == "cpp" and not cpp.is_built():
+    if impl == "cpp" and not cpp.is_built:
         raise RuntimeError(cpp.MISSING)
-    found = cpp if impl == "cpp" or (impl == "auto" and on_cpu and cpp.is_built()) else chunked
-    if call.drop_below > 0 and found is not cpp:
+    found = "cpp" if impl == "auto" and on_cpu and cpp.is_built else "torch" if impl == "auto" else impl
+    if call.drop_below > 0 and found != "cpp":
         raise ValueError(f"linear_logp: drop_below > 0 wants impl 'cpp', here impl is {impl!r}; use drop_below=0")
     return found
 
 
-class _LinearLogp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, head, bias, call, impl, grad_enabled):
-        wants = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
-        ctx.head_trained = wants[1] or wants[2]
-        logp, lse, grad_rows = impl.forward(call, want_rows=wants[0] and not ctx.head_trained)
-        if ctx.head_trained:
-            ctx.call, ctx.impl = call._replace(hidden=None, head=None, bias=None), impl
-            ctx.save_for_backward(hidden, head, bias, lse)
-        elif wants[0]:
-            ctx.save_for_backward(grad_rows)
-        return logp
+# --- the op: opaque to torch.compile, which sees one call forward and one backward ------------------------
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):  # (N,)
-        if not ctx.head_trained:
-            (grad_rows,) = ctx.saved_tensors
-            return (grad_rows * upstream[:, None]).to(grad_rows.dtype), None, None, None, None, None
-        hidden, head, bias, lse = ctx.saved_tensors
-        call = ctx.call._replace(hidden=hidden, head=head, bias=bias)
-        grads = ctx.impl.backward(call, lse, upstream, tuple(ctx.needs_input_grad[:3]))
-        return *(None if g is None else g.to(hidden.dtype) for g in grads), None, None, None
+
+@torch.library.custom_op("ddpo::linear_logp", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    segments: Tensor | None,
+    drop_below: float,
+    impl: str,
+    wants: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """-> logp (N,), and what the implementation's backward needs of its forward."""
+    call = Call(hidden, head, targets, bias, scale, softcap, segments, drop_below)
+    return BACKENDS[impl].forward(call, tuple(wants))
+
+
+@_forward.register_fake
+def _(hidden, head, targets, bias, scale, softcap, segments, drop_below, impl, wants):
+    call = Call(hidden, head, targets, bias, scale, softcap, segments, drop_below)
+    return BACKENDS[impl].fake(call, tuple(wants))
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, head, targets, bias, *options, impl, wants = inputs
+    scale, softcap, segments, drop_below = options
+    _, saved = output
+    if not (wants[1] or wants[2]):  # a frozen head: its gradient rows are all that is kept
+        hidden = head = bias = None
+    ctx.save_for_backward(hidden, head, targets, bias, segments, *saved)
+    ctx.options = (scale, softcap, drop_below, impl, wants)
+    ctx.set_materialize_grads(False)  # of what is saved nobody takes a gradient
+
+
+def _autograd(ctx, upstream, _):  # upstream (N,)
+    hidden, head, targets, bias, segments, *saved = ctx.saved_tensors
+    scale, softcap, drop_below, impl, wants = ctx.options
+    grads = [None] * 3
+    if upstream is not None:
+        found = _backward(
+            upstream, saved, hidden, head, targets, bias, scale, softcap, segments, drop_below, impl, wants
+        )
+        for i, grad in zip([i for i in range(3) if wants[i]], found, strict=True):
+            grads[i] = grad
+    of_hidden, of_head, of_bias = grads
+    return of_hidden, of_head, None, of_bias, *[None] * 6
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@torch.library.custom_op("ddpo::linear_logp_backward", mutates_args=())
+def _backward(
+    upstream: Tensor,
+    saved: list[Tensor],
+    hidden: Tensor | None,
+    head: Tensor | None,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    segments: Tensor | None,
+    drop_below: float,
+    impl: str,
+    wants: Sequence[bool],
+) -> list[Tensor]:
+    """-> the gradients wanted, of hidden, head and bias. It has none itself: linear_logp is differentiable once."""
+    call = Call(hidden, head, targets, bias, scale, softcap, segments, drop_below)
+    return [grad for grad in BACKENDS[impl].backward(call, saved, upstream, tuple(wants)) if grad is not None]
+
+
+@_backward.register_fake
+def _(upstream, saved, hidden, head, targets, bias, scale, softcap, segments, drop_below, impl, wants):
+    if hidden is None:
+        return [torch.empty_like(saved[0])]  # its rows
+    return [torch.empty_like(x) for x, want in zip((hidden, head, bias), wants, strict=True) if want]

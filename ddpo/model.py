@@ -20,9 +20,10 @@ from transformers.utils import logging as transformers_logging
 from ddpo import log
 from ddpo.data.batches import Batch, pack
 from ddpo.files import new_folder
-from ddpo.ops import linear_logp, sequence_sum
+from ddpo.ops import cpp, linear_logp, sequence_sum
 
 PACKAGED = "smollm2-135m-instruct"
+DROP_BELOW = 2.0**-16  # costs no more than 2^-14, whose error is under bfloat16 arithmetic's already: benchmarks/LOG.md
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 transformers_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft calls it, we do not
@@ -69,6 +70,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def pick_drop_below(value: float | None, device: torch.device, dtype: torch.dtype) -> float:
+    """The setting of linear_logp for training. Raises ValueError for one that cannot be had."""
+    possible = device.type == "cpu" and cpp.is_built
+    if value is None:
+        return DROP_BELOW if possible and dtype != torch.float64 else 0.0
+    if not 0 <= value < 1 or (value and not possible):
+        raise ValueError(f"drop_below must be in [0, 1), and 0 on GPUs and without the C++ kernels, got {value}")
+    return value
 
 
 def load_model(name: str, adapter: str | None, dtype: str, device: torch.device):
@@ -144,10 +155,12 @@ class Policy(nn.Module):
     Body and head run inside one forward, so that a wrapper around the module sees every trained weight.
     """
 
-    def __init__(self, model):
-        """Raises ValueError for a model whose head is not a plain linear layer, or that cannot be packed."""
+    def __init__(self, model, drop_below: float = 0.0):
+        """drop_below: see linear_logp. Raises ValueError for a model whose head is not a plain linear layer, or that
+        cannot be packed."""
         super().__init__()
         self.model = model
+        self.drop_below = drop_below
         if type(self.causal.get_output_embeddings()) is not nn.Linear:
             raise ValueError(
                 f"the head of the model is {type(self.causal.get_output_embeddings()).__name__}; wanted a plain "
@@ -202,6 +215,8 @@ class Policy(nn.Module):
             bias=head.bias,
             scale=_logit_scale(config),
             softcap=getattr(config, "final_logit_softcapping", None),
+            segments=batch.segments,
+            drop_below=self.drop_below,
         )  # (N,)
         return sequence_sum(logp, batch.segments)
 

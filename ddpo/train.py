@@ -13,7 +13,7 @@ from ddpo import checkpoint, distributed, log
 from ddpo.config import TrainConfig, run_command
 from ddpo.data.prepared import Prepared
 from ddpo.data.tokens import ChatTokens
-from ddpo.model import Policy, add_lora, find_model, load_model
+from ddpo.model import Policy, add_lora, find_model, load_model, pick_drop_below
 from ddpo.objective import METRICS, needs_reference, objective
 from ddpo.plan import Plan, lr_at
 from ddpo.refcache import reference_logp
@@ -89,7 +89,7 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
         model = add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.seed)
     else:
         model.requires_grad_(True)
-    policy = Policy(model)
+    policy = Policy(model, pick_drop_below(cfg.drop_below, device, model.dtype))
     ref_logp = None
     if needs_reference(cfg.method):
         ref_logp = reference_logp(policy, data, plan.forwarded_responses(), cfg.micro_tokens, device)

@@ -12,7 +12,7 @@ FLOORS = [  # a file imports its own floor or lower
     {"kernels"},
     {"reference", "files", "_C"},
     {"ops"},
-    {"losses", "deviation", "metrics"},
+    {"losses", "fused", "deviation", "metrics"},
     {"data", "encoders", "model", "refcache", "checkpoint", "log", "config", "distributed", "objective", "plan", "run"},
     {"train", "generate", "evaluate", "prepare"},
     {"demo", "cli", "__main__"},

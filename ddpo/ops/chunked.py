@@ -7,7 +7,7 @@ import itertools
 
 import torch
 
-CPU_CHUNK_BYTES = 32 << 20  # of logits
+CPU_CHUNK_BYTES = 24 << 20  # of logits
 HALF_CHUNK_BYTES = 64 << 20  # half types on a CPU convert the head to float32 once a chunk, so fewer chunks
 GPU_CHUNK_BYTES = 256 << 20
 HEAD_BLOCK = 4096  # head rows converted to float32 at a time
@@ -26,17 +26,18 @@ def fake(call, wants: tuple[bool, bool, bool]):
 
 def forward(call, wants: tuple[bool, bool, bool]):
     """As `fake`, with the values."""
-    N = len(call.hidden)
     logp, (saved,) = fake(call, wants)
     want_rows = wants == (True, False, False)
     lse, rows = (torch.empty_like(logp), saved) if want_rows else (saved, None)
-    for chunk in chunks(N, call.head):
-        z = _logits(call, chunk)
-        targets = call.targets[chunk]
-        lse[chunk] = torch.logsumexp(z, dim=1)
-        logp[chunk] = z.gather(1, targets[:, None]).squeeze(1) - lse[chunk]
+    for chunk, buffer in _buffers(call):
+        z, targets = _logits(call, chunk, buffer), call.targets[chunk, None]
+        target, top = z.gather(1, targets), z.amax(1, keepdim=True)
+        slope = _cap_slope(call, z) if want_rows else None
+        total = z.sub_(top).exp_().sum(1, keepdim=True)
+        logp[chunk] = (target - top - total.log()).squeeze(1)  # near 0 it keeps its digits
+        lse[chunk] = (top + total.log()).squeeze(1)
         if want_rows:
-            _times_head(_slopes(call, z, targets, lse[chunk]), call.head, out=rows[chunk])
+            _times_head(_gradient(call, z.div_(-total), slope, targets), call.head, out=rows[chunk])
     return logp, [saved]
 
 
@@ -54,9 +55,11 @@ def backward(call, saved, upstream, wants: tuple[bool, bool, bool]):
     grad_hidden = torch.empty_like(call.hidden) if wants[0] else None
     grad_head = torch.zeros_like(call.head, dtype=acc) if wants[1] else None
     grad_bias = torch.zeros_like(call.bias, dtype=acc) if wants[2] else None
-    for chunk in chunks(len(call.hidden), call.head):
-        grad = _slopes(call, _logits(call, chunk), call.targets[chunk], lse[chunk])
-        grad.mul_(upstream[chunk, None])
+    for chunk, buffer in _buffers(call):
+        z = _logits(call, chunk, buffer)
+        slope = _cap_slope(call, z)
+        minus_p = z.sub_(lse[chunk, None]).exp_().neg_()
+        grad = _gradient(call, minus_p, slope, call.targets[chunk, None]).mul_(upstream[chunk, None])
         if wants[1]:
             _add_outer(grad, call.hidden[chunk], out=grad_head)
         if wants[2]:
@@ -80,41 +83,47 @@ def chunks(N: int, head: torch.Tensor) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise([*starts, N])]
 
 
-def _logits(call, chunk):
+def _buffers(call):
+    """Each chunk with its part of the one (n, V) buffer."""
+    parts = chunks(len(call.hidden), call.head)
+    most = max((part.stop - part.start for part in parts), default=0)
+    buffer = call.hidden.new_empty(most, len(call.head), dtype=opmath(call.hidden.dtype))
+    for part in parts:
+        yield part, buffer[: part.stop - part.start]
+
+
+def _logits(call, chunk, out):
     """z (n, V) of a chunk of rows, in opmath precision."""
-    z = _matmul(call.hidden[chunk], call.head.T)
+    hidden, head = call.hidden[chunk], call.head
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, head.T, out=out)
+    elif hidden.is_cuda:
+        torch.mm(hidden, head.T, out.dtype, out=out)
+    else:
+        hidden = hidden.to(out.dtype)
+        for start in range(0, len(head), HEAD_BLOCK):
+            block = slice(start, start + HEAD_BLOCK)
+            torch.mm(hidden, head[block].T.to(out.dtype), out=out[:, block])
     if call.bias is not None:
-        z.add_(call.bias)
+        out.add_(call.bias)
     if call.scale != 1.0:
-        z.mul_(call.scale)
+        out.mul_(call.scale)
     if call.softcap is not None:
-        z.div_(call.softcap).tanh_().mul_(call.softcap)
-    return z
+        out.div_(call.softcap).tanh_().mul_(call.softcap)
+    return out
 
 
-def _slopes(call, z, targets, lse):
-    """z (n, V) becomes d logp / d (h.W + b) = scale * (1 - (z/softcap)^2) * (onehot - softmax(z)), in place."""
-    slope = None if call.softcap is None else (z / call.softcap).square_().neg_().add_(1)
-    grad = z.sub_(lse[:, None]).exp_().neg_()
-    grad.scatter_add_(1, targets[:, None], torch.ones_like(lse)[:, None])
+def _cap_slope(call, z):
+    """1 - (z/softcap)^2, or None without a softcap."""
+    return None if call.softcap is None else (z / call.softcap).square_().neg_().add_(1)
+
+
+def _gradient(call, minus_p, slope, targets):
+    """-softmax(z) (n, V) becomes d logp / d (h.W + b) = scale * slope * (onehot - softmax(z)), in place."""
+    grad = minus_p.scatter_add_(1, targets, torch.ones_like(minus_p[:, :1]))
     if slope is not None:
         grad.mul_(slope)
     return grad if call.scale == 1.0 else grad.mul_(call.scale)
-
-
-def _matmul(a, b):
-    """a @ b with the result in opmath precision, whatever the input dtype."""
-    acc = opmath(a.dtype)
-    if a.dtype == acc:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=acc)
-    out = a.new_empty(len(a), b.shape[1], dtype=acc)
-    a = a.to(acc)
-    for start in range(0, b.shape[1], HEAD_BLOCK):
-        block = slice(start, start + HEAD_BLOCK)
-        torch.mm(a, b[:, block].to(acc), out=out[:, block])
-    return out
 
 
 def _times_head(grad, head, out):

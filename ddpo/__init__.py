@@ -15,6 +15,11 @@ _HOMES = {
     "orpo": "ddpo.losses",
     "dorpo": "ddpo.losses",
     "sft": "ddpo.losses",
+    "FusedLinearDDPOLoss": "ddpo.fused",
+    "FusedLinearDORPOLoss": "ddpo.fused",
+    "sequence_logp": "ddpo.fused",
+    "preference_loss": "ddpo.fused",
+    "head_of": "ddpo.fused",
     "mean_distance": "ddpo.deviation",
     "weights": "ddpo.deviation",
 }

@@ -253,5 +253,7 @@ def test_sequence_sum():
     assert sequence_sum(values[:0], torch.tensor([0])).shape == (0,)
     with pytest.raises(ValueError, match="row offsets"):
         sequence_sum(values, torch.tensor([0, 6], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"segments must rise from 0 to N = 6, got \[0, 7\]"):
+        sequence_sum(values, torch.tensor([0, 7]))
     with pytest.raises(ValueError, match="floating point"):
         sequence_sum(torch.arange(3), torch.tensor([0, 3]))

@@ -11,6 +11,7 @@ from ddpo.config import (
     GenerateConfig,
     PrepareConfig,
     TrainConfig,
+    TuneConfig,
     WeighConfig,
     run_command,
 )
@@ -21,6 +22,7 @@ VERBS = {  # verb -> module, settings, field that the first bare argument names;
     "train": ("ddpo.train", TrainConfig, "data"),
     "generate": ("ddpo.generate", GenerateConfig, "prompts"),
     "evaluate": ("ddpo.evaluate", EvaluateConfig, "responses"),
+    "tune": ("ddpo.tune", TuneConfig, "model"),
     "demo": ("ddpo.demo", DemoConfig, None),
 }
 

@@ -24,6 +24,7 @@ class _Checked:
             "keep_checkpoints",
             "max_steps",
             "num_samples",
+            "rows",
             "max_new_tokens",
             "temperature",
             "top_p",
@@ -269,6 +270,21 @@ class DemoConfig(_Checked):
     """Peak learning rate."""
     epochs: int = 2
     """Passes over the pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(_Checked):
+    """Times the kernels' paths on the GPU at hand and remembers the fastest for a model's head.
+
+    Example: ddpo tune --model meta-llama/Llama-3.1-8B
+    """
+
+    model: str = "smollm2-135m-instruct"
+    """The model whose width and vocabulary are tuned for; its weights are not loaded."""
+    rows: int = 8192
+    """Rows that reach the head in one step."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of hidden states and head."""
 
 
 def parse(cls: type[Config], argv: list[str], prog: str, positional: str | None = None) -> Config:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from ddpo import losses
-from ddpo.ops import linear_logp, sequence_sum
+from ddpo.ops import linear_logp, linear_preference, sequence_sum
 from ddpo.ops.chunked import opmath
 
 
@@ -85,12 +85,6 @@ def preference_loss(
     return values.sum() / (max(len(pairs), 1) if num_pairs is None else num_pairs)
 
 
-def _loss_and_logp(hidden, head, bias, targets, segments, pairs, weight, loss: Callable) -> tuple[Tensor, Tensor]:
-    """The one place where hidden rows (N, D) become the loss and the segments' log-probs (K,)."""
-    logp = sequence_logp(hidden, head, targets, segments, bias=bias)
-    return preference_loss(logp, pairs, weight, loss=loss), logp
-
-
 class _FusedLinearPreference(nn.Module):
     """One pass through the head, a subclass's `_pair_loss`, the NLL, and the seven outputs of both losses."""
 
@@ -141,8 +135,12 @@ class _FusedLinearPreference(nn.Module):
             values = self._pair_loss(ratio(logp), pairs)
             return values + self.alpha * nll(logp) if self.compute_nll_loss else values
 
-        loss, logp = _loss_and_logp(_input[positions], head, bias, targets, segments, pairs, weight, pair_loss)
-        logp = logp.detach()
+        hidden, terms = _input[positions], self._one_op(ref_logp, counts)
+        if terms and len(segments) == 2 * B + 1:
+            loss, logp, _ = linear_preference(hidden, head, targets, segments, pairs, weight, bias=bias, **terms)
+        else:
+            logp = sequence_logp(hidden, head, targets, segments, bias=bias)
+            loss, logp = preference_loss(logp, pairs, weight, loss=pair_loss), logp.detach()
         scores, rewards = (logp[: 2 * B] / num_tokens).chunk(2), (self.beta * ratio(logp)).chunk(2)
         mean_nll = nll(logp).mean() if self.compute_nll_loss else logp.new_zeros(())
         return loss, (*scores, *_logits_means(_input, head, bias), mean_nll, *rewards)
@@ -234,6 +232,11 @@ class FusedLinearDDPOLoss(_FusedLinearPreference):
                 ref_logp = sequence_logp(ref_input[positions], ref_weight, targets, segments, bias=ref_bias)
         return self._run(lin_weight, _input, bias, positions, targets, segments, weight, ref_logp)
 
+    def _one_op(self, ref_logp, counts):
+        """Arguments of linear_preference where it has this loss, else None."""
+        plain = self.loss_type == "sigmoid" and not self.average_log_prob and not self.compute_nll_loss
+        return {"loss": "ddpo", "beta": self.beta, "ref_logp": ref_logp} if plain else None
+
     def _pair_loss(self, ratio, pairs):
         c, r = ratio[pairs.T]
         margins = (self.beta * c, self.beta * r, self.beta * (c - r))
@@ -271,6 +274,12 @@ class FusedLinearDORPOLoss(_FusedLinearPreference):
         loss, outputs = self._run(lin_weight, _input, bias, *found, weight)
         log_odds = losses.log_odds(torch.cat(outputs[:2]), 1, _pairs(_input))
         return loss, (*outputs, logsigmoid(log_odds).mean(), log_odds.mean())
+
+    def _one_op(self, _, counts):
+        if not self.compute_nll_loss:
+            return None
+        B = len(counts) // 2
+        return {"loss": "dorpo", "beta": self.beta, "tokens_per_pair": counts[:B].sum().clamp(min=1).double() / B}
 
     def _pair_loss(self, ratio, pairs):
         return -self.beta * logsigmoid(losses.log_odds(ratio, 1, pairs))

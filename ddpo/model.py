@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from ddpo import log
@@ -70,6 +76,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def head_shape(name: str) -> tuple[int, int]:
+    """(V, D) of a model's head, from its config alone."""
+    config = AutoConfig.from_pretrained(find_model(name)).get_text_config()
+    return config.vocab_size, config.hidden_size
 
 
 def pick_drop_below(value: float | None, device: torch.device, dtype: torch.dtype) -> float:

@@ -20,6 +20,7 @@ from ddpo import (
     sequence_logp,
     sequence_sum,
 )
+from ddpo.ops import linear_preference
 
 f64 = torch.float64
 B, S, D, V = 3, 9, 8, 31
@@ -162,7 +163,9 @@ def test_ignored_rows_never_reach_the_head(garbage, monkeypatch):
     """Nor do labels in a slice that no vector load could take whole, and hidden states that are not contiguous."""
     x = batch()
     rows = []
-    monkeypatch.setattr("ddpo.fused.linear_logp", lambda h, *a, **k: rows.append(len(h)) or linear_logp(h, *a, **k))
+    for op in (linear_logp, linear_preference):
+        counted = lambda h, *a, op=op, **k: rows.append(len(h)) or op(h, *a, **k)  # noqa: E731
+        monkeypatch.setattr(f"ddpo.fused.{op.__name__}", counted)
     clean = run(FusedLinearDDPOLoss(), x, *x.ref)
     stack = F.pad(x.input, (0, 0, 1, 2), value=garbage)[:, 1:-2]
     x.input = stack.masked_fill(~x.mask[..., None], garbage)
@@ -280,7 +283,7 @@ def test_a_head_trained_whole_is_the_active_copy(peft_model):
             "B rejected sequences, got 5",
         ),
         ({"_input": torch.zeros(6, 8, 8)}, r"_input must be floating point \(6, 9, D\), got torch.float32 \(6, 8, 8\)"),
-        ({"weight": torch.ones(6)}, r"weight must be floating point \(3\), got torch.float32 \(6,\)"),
+        ({"weight": torch.ones(6)}, r"weight must be floating point \(P,\) = \(3,\) or None, got torch.float32 \(6,\)"),
         ({"weight": torch.ones(3, dtype=torch.int64)}, "weight must be floating point"),
         ({"rows": torch.zeros(6, 9, dtype=torch.int64)}, r"rows must be torch.int64 \(N\)"),
         ({"ref_chosen_logps": None}, "the reference must be ref_input and ref_weight, or ref_chosen_logps and"),

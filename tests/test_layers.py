@@ -14,7 +14,7 @@ FLOORS = [  # a file imports its own floor or lower
     {"ops"},
     {"losses", "fused", "deviation", "metrics"},
     {"data", "encoders", "model", "refcache", "checkpoint", "log", "config", "distributed", "objective", "plan", "run"},
-    {"train", "generate", "evaluate", "prepare"},
+    {"train", "generate", "evaluate", "prepare", "tune"},
     {"demo", "cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -136,6 +136,24 @@ def test_autocast(options):
     assert logp.dtype == torch.float32 and relative(logp.detach(), truth[0]) < 1e-2 and relative(grad, truth[1]) < 2e-2
 
 
+@impls
+@pytest.mark.parametrize("drop_below", [0.0, 2**-10])
+def test_head_gradient_of_bfloat16_is_summed_in_float32(impl, drop_below):
+    """2,000 equal terms: a bfloat16 sum would stand still after some 256 of them."""
+    if drop_below and impl == "torch":
+        pytest.skip("drop_below is impl cpp's")
+    (hidden, head, _), _, _ = case(1, 16, 300, torch.bfloat16)
+    hidden, targets = hidden.expand(2000, 16).contiguous(), torch.full((2000,), 7)
+    grads = []
+    for dtype, f, options in (
+        (torch.bfloat16, linear_logp, {"impl": impl, "drop_below": drop_below}),
+        (torch.float64, reference.linear_logp, {}),
+    ):
+        w = head.to(dtype, copy=True).requires_grad_()
+        grads += torch.autograd.grad(f(hidden.to(dtype), w, targets, **options).sum(), w)
+    assert relative(*grads) < 4e-3
+
+
 def test_float16_head_on_a_cpu():
     (hidden, head, _), targets, _ = case(6, 16, 100, torch.float16)
     truth = reference.linear_logp(hidden.double(), head.double(), targets)
@@ -159,7 +177,7 @@ def test_float16_head_on_a_cpu():
         ({"bias": torch.zeros(4)}, r"bias must be torch.float32 \(V,\) = \(7,\)"),
         ({"softcap": 0.0}, "softcap must be positive or None, got 0.0"),
         ({"scale": -1.0}, "scale must be positive, got -1.0"),
-        ({"impl": "cuda"}, "impl must be 'auto', 'torch' or 'cpp', got 'cuda'"),
+        ({"impl": "cuda"}, "impl must be 'auto' or one of torch, cpp, triton, .* got 'cuda'"),
     ],
 )
 def test_bad_input(change, message):

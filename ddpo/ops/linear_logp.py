@@ -17,9 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpo.ops import chunked, cpp
+from ddpo.ops import chunked, cpp, triton
 
-BACKENDS = {"torch": chunked, "cpp": cpp}
+BACKENDS = {
+    "torch": chunked,
+    "cpp": cpp,
+    "triton": triton,
+    "triton-chunked": triton.Path("chunked"),
+    "triton-fused": triton.Path("fused"),
+}
 MIN_MEAN_ROWS = 16  # of a segment, for drop_below to pay: a segment costs about as much as a row
 
 
@@ -61,7 +67,8 @@ def linear_logp(
         scale: factor on the logits, unitless.
         softcap: positive cap on the logits, or None.
         segments: (S+1,) int64 row offsets of the sequences, from 0 to N; only drop_below uses them. None: one.
-        impl: 'auto', 'torch' or 'cpp' (CPU). 'auto' is the fastest that is there.
+        impl: 'auto' is the fastest that is there: 'cpp' (CPU), 'triton' (GPU; 'triton-chunked' or 'triton-fused' where
+            one of its ways is meant, else what `ddpo tune` found faster, else chunked), 'torch' (anywhere).
         drop_below: in [0, 1), probability. 0 is exact. Else probabilities under it (times the softcap's slope) enter
             the gradients by their sum times a mean, per segment and 1,024 ids of the vocabulary: a mean head row in
             hidden's gradient, a mean hidden row in head's. Log-probs stay exact. Exact all the same where segments
@@ -72,21 +79,26 @@ def linear_logp(
     Raises: ValueError for other shapes, dtypes or values; RuntimeError for a named impl that is not there.
     Source: the log-softmax of every language model head; deferred scale and tail correction are ours.
     """
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, head, bias = hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype)
+    hidden, head, bias = autocast(hidden, head, bias)
     if segments is not None:
         segments = segments.contiguous()
         if MIN_MEAN_ROWS * (len(segments) - 1) > len(hidden):
             drop_below = 0.0
     call = Call(hidden, head, targets.contiguous(), bias, scale, softcap, segments, drop_below)
-    _check(call)
+    check(call)
     wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head, bias)]
-    return _forward(*call, _find(impl, call), wants)[0]
+    return _forward(*call, find_impl(impl, call), wants)[0]
 
 
-def _check(call: Call) -> None:
+def autocast(hidden, head, bias):
+    """As autocast, where it is on, would cast the inputs of a linear layer."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, head, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check(call: Call) -> None:
     hidden, head, targets, bias, scale, softcap, segments, drop_below = call
 
     def refuse(name, wanted, value):
@@ -127,16 +139,21 @@ def _check(call: Call) -> None:
             )
 
 
-def _find(impl: str, call: Call) -> str:
+def find_impl(impl: str, call: Call) -> str:
     """The implementation that runs: a key of BACKENDS."""
     on_cpu = call.hidden.device.type == "cpu"
-    if impl not in ("auto", *BACKENDS):
-        raise ValueError(f"linear_logp: impl must be 'auto', 'torch' or 'cpp', got {impl!r}")
-    if impl == "cpp" and not on_cpu:
+    if impl == "auto":
+        found = "cpp" if on_cpu and cpp.is_built else "triton" if not on_cpu and triton.runs(call.hidden) else "torch"
+    elif impl in BACKENDS:
+        found = impl
+    else:
+        raise ValueError(f"linear_logp: impl must be 'auto' or one of {', '.join(BACKENDS)}, got {impl!r}")
+    if found == "cpp" and not on_cpu:
         raise ValueError(f"linear_logp: impl 'cpp' runs on the CPU, got hidden on {call.hidden.device}; use 'auto'")
-    if impl == "cpp" and not cpp.is_built:
+    if found == "cpp" and not cpp.is_built:
         raise RuntimeError(cpp.MISSING)
-    found = "cpp" if impl == "auto" and on_cpu and cpp.is_built else "torch" if impl == "auto" else impl
+    if found.startswith("triton") and not triton.runs(call.hidden):
+        raise RuntimeError(triton.MISSING)
     if call.drop_below > 0 and found != "cpp":
         raise ValueError(f"linear_logp: drop_below > 0 wants impl 'cpp', here impl is {impl!r}; use drop_below=0")
     return found
@@ -170,28 +187,34 @@ def _(hidden, head, targets, bias, scale, softcap, segments, drop_below, impl, w
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, head, targets, bias, *options, impl, wants = inputs
-    scale, softcap, segments, drop_below = options
-    _, saved = output
-    if not (wants[1] or wants[2]):  # a frozen head: its gradient rows are all that is kept
+    *call, impl, wants = inputs
+    keep(ctx, Call(*call), output[1], impl, wants)
+
+
+def keep(ctx, call: Call, saved: list[Tensor], impl: str, wants: Sequence[bool], row_c: Tensor | None = None) -> None:
+    """What `gradients` needs; with a coefficient of each row (N,), where a loss has given it."""
+    hidden, head, targets, bias, scale, softcap, segments, drop_below = call
+    if not (wants[1] or wants[2]) and saved[0].dim() == 2:  # the gradient's rows: all that backward needs
         hidden = head = bias = None
-    ctx.save_for_backward(hidden, head, targets, bias, segments, *saved)
+    ctx.save_for_backward(hidden, head, targets, bias, segments, row_c, *saved)
     ctx.options = (scale, softcap, drop_below, impl, wants)
     ctx.set_materialize_grads(False)  # of what is saved nobody takes a gradient
 
 
 def _autograd(ctx, upstream, _):  # upstream (N,)
-    hidden, head, targets, bias, segments, *saved = ctx.saved_tensors
-    scale, softcap, drop_below, impl, wants = ctx.options
-    grads = [None] * 3
-    if upstream is not None:
-        found = _backward(
-            upstream, saved, hidden, head, targets, bias, scale, softcap, segments, drop_below, impl, wants
-        )
-        for i, grad in zip([i for i in range(3) if wants[i]], found, strict=True):
-            grads[i] = grad
-    of_hidden, of_head, of_bias = grads
+    if upstream is None:
+        return (None,) * 10
+    of_hidden, of_head, of_bias = gradients(ctx, upstream)
     return of_hidden, of_head, None, of_bias, *[None] * 6
+
+
+def gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
+    """Of hidden, head and bias, None where not wanted."""
+    hidden, head, targets, bias, segments, _, *saved = ctx.saved_tensors
+    scale, softcap, drop_below, impl, wants = ctx.options
+    found = _backward(upstream, saved, hidden, head, targets, bias, scale, softcap, segments, drop_below, impl, wants)
+    in_order = iter(found)
+    return [next(in_order) if want else None for want in wants]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -4,7 +4,7 @@ shared memory, tensor-core instructions. Runs on any machine with Triton; no GPU
 Forward and backward themselves run, on tensors without memory and with a driver that names the GPU wanted and only
 compiles: block sizes, warps and argument specialisation are those of a launch on that GPU.
 
-python benchmarks/compiled.py --gpus cuda90 gfx942 --models llama-3.1-8b --json FILE
+python -m benchmarks.compiled --gpus cuda90 gfx942 --models llama-3.1-8b --json FILE
 """
 
 import argparse

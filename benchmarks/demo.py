@@ -1,6 +1,6 @@
 """`ddpo demo` for several seeds: what it measures, how long it takes, its peak memory. Writes results/demo.json.
 
-python benchmarks/demo.py --seeds 0 1 2 3
+python -m benchmarks.demo --seeds 0 1 2 3
 """
 
 import argparse

@@ -4,7 +4,7 @@ Each step takes the longer of its FLOP at the tensor cores' peak and its bytes a
 kernels approach, the same for every side, so that its ratios say more than its milliseconds. Registers, shared memory
 and programs per multiprocessor are read from compiled code (benchmarks/compiled.py).
 
-python benchmarks/gpu_model.py     # prints the tables, writes results/gpu_model.json
+python -m benchmarks.gpu_model     # prints the tables, writes results/gpu_model.json
 """
 
 import argparse
@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import compiled
 import triton
+
+from benchmarks import compiled
 
 RESULTS = Path(__file__).parent / "results" / "gpu_model.json"
 ROWS = 8192
@@ -22,19 +23,18 @@ LOGITS, PANEL = (256 << 20, 1024 << 20), 128 << 20  # bytes: the chunked path's 
 
 
 class Gpu(NamedTuple):
-    """Dense bfloat16 and float32 (no tensor cores) TFLOP/s, TB/s: NVIDIA's datasheets of the SXM boards."""
+    """Dense bfloat16 TFLOP/s, TB/s: NVIDIA's datasheets of the SXM boards."""
 
     code: str  # key of compiled.GPUS
     bf16: float
-    fp32: float
     bandwidth: float
     shared_kib: int  # of a multiprocessor: CUDA C++ Programming Guide, technical specifications
 
 
 GPUS = {
-    "A100 80GB": Gpu("cuda80", 312.0, 19.5, 2.039, 164),
-    "H100": Gpu("cuda90", 989.4, 67.0, 3.35, 228),
-    "H200": Gpu("cuda90", 989.4, 67.0, 4.8, 228),
+    "A100 80GB": Gpu("cuda80", 312.0, 2.039, 164),
+    "H100": Gpu("cuda90", 989.4, 3.35, 228),
+    "H200": Gpu("cuda90", 989.4, 4.8, 228),
 }
 
 
@@ -42,7 +42,6 @@ class Step(NamedTuple):
     name: str
     flop: float
     bytes: float
-    fp32: bool = False  # a product outside the tensor cores
 
 
 class Side(NamedTuple):
@@ -54,8 +53,8 @@ class Side(NamedTuple):
     peak_bytes: float
 
 
-def gemm(name: str, m: int, n: int, k: int, read: float, written: float, **more) -> Step:
-    return Step(name, 2.0 * m * n * k, read + written, **more)
+def gemm(name: str, m: int, n: int, k: int, read: float, written: float) -> Step:
+    return Step(name, 2.0 * m * n * k, read + written)
 
 
 def ours(N: int, D: int, V: int) -> list[Side]:
@@ -99,12 +98,13 @@ def ours(N: int, D: int, V: int) -> list[Side]:
 
 
 def peers(N: int, D: int, V: int) -> list[Side]:
-    """GEMMs and V-sized buffers of the versions of late 2026 that we read; what they move is set at its least: every
-    such buffer written once and read once by each step that wants it. A pass of the reference policy is left out."""
+    """GEMMs and V-sized buffers of Liger 0.8.5, TRL 1.16, cut-cross-entropy 25.1, torch 2.13 and verl of late 2026, as
+    their sources say; what they move is set at its least: every such buffer written once and read once by each step
+    that wants it. The reference policy's pass is left out, and the tiles that CCE's filter skips are counted."""
     h, W, z = 2 * N * D, 2 * V * D, N * V
 
-    def side(name, head, num_gemms, bytes_per_logit, peak_bytes, num_fp32=0, extra=0.0):
-        steps = [gemm("GEMM", N, V, D, h + W, 0, fp32=i >= num_gemms - num_fp32) for i in range(num_gemms)]
+    def side(name, head, num_gemms, bytes_per_logit, peak_bytes, extra=0.0):
+        steps = [gemm("GEMM", N, V, D, h + W, 0) for _ in range(num_gemms)]
         return Side(name, head, [*steps, Step("V-sized buffers", 0, bytes_per_logit * z + extra)], peak_bytes)
 
     pair = 8.5 * PAIR_ROWS * V
@@ -113,21 +113,22 @@ def peers(N: int, D: int, V: int) -> list[Side]:
         # bf16 logits, fp32 log-softmax, their gradients; frozen: no dW
         side("eager, full logits", "frozen", 2, 14, 14 * z),
         side("eager, full logits", "trained", 3, 16, 14 * z),
-        # a pair at a time; dW whatever the head, added up in bf16 once a pair
-        *(side("Liger DPO", head, 3, 16, pair + 12 * V * D, extra=6 * V * D * pairs) for head in ("frozen", "trained")),
+        # a pair at a time; dW added up in bf16 once a pair
+        side("Liger DPO", "frozen", 2, 14, pair),
+        side("Liger DPO", "trained", 3, 16, pair + 12 * V * D, extra=6 * V * D * pairs),
         side("CCE", "frozen", 3, 0, 4 * N),
         side("CCE", "trained", 4, 0, 4 * N),
         *(side("verl, Triton", head, 4, 6, 2 * N * 9504 + 8 * N * V / 1024) for head in ("frozen", "trained")),
-        # backward in plain fp32
-        *(side("TRL, chunked", head, 4, 24, 4 * V * D, num_fp32=2) for head in ("frozen", "trained")),
+        # tiles of at most 4,096 rows in bf16, sums in fp32
+        side("TRL, chunked", "frozen", 3, 12, 4 * N * D),
+        side("TRL, chunked", "trained", 4, 14, 4 * N * D + 4 * V * D),
         side("torch F.linear_cross_entropy 'none'", "frozen", 3, 10, LOGITS[0]),
         side("torch F.linear_cross_entropy 'none'", "trained", 4, 12, LOGITS[0] + 4 * V * D),
     ]
 
 
 def step_ms(step: Step, gpu: Gpu) -> float:
-    peak = gpu.fp32 if step.fp32 else gpu.bf16
-    return max(step.flop / (peak * 1e12), step.bytes / (gpu.bandwidth * 1e12)) * 1e3
+    return max(step.flop / (gpu.bf16 * 1e12), step.bytes / (gpu.bandwidth * 1e12)) * 1e3
 
 
 def programs_per_multiprocessor(row: dict, gpu: Gpu) -> int:

@@ -1,6 +1,6 @@
 """Writes README's generated blocks from the committed results.
 
-python benchmarks/readme.py            # rewrite README.md
+python -m benchmarks.readme            # rewrite README.md
 """
 
 import io
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks import tables
 from ddpo.evaluate import MEASURES, table
 from ddpo.files import read_json
 
@@ -48,7 +49,17 @@ def _difference(d: dict, decimals: int) -> str:
     return f"**{text}**" if d["low"] > 0 or d["high"] < 0 else text
 
 
-BLOCKS = {"demo": demo}
+def ops() -> str:
+    """The op beside other ways: time, memory, error."""
+    return tables.ops_readme(read_json(ROOT / "benchmarks" / "results" / "ops.json"))
+
+
+def gpu() -> str:
+    """Lower bounds of one training step's head on an H100, ours and the peers'."""
+    return tables.gpu_readme(read_json(ROOT / "benchmarks" / "results" / "gpu_model.json"))
+
+
+BLOCKS = {"demo": demo, "ops": ops, "gpu": gpu}
 
 
 def render(text: str) -> str:

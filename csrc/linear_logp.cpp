@@ -51,10 +51,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logp_fwd(
     std::vector<RowState<scalar_t>> rows(walk.N);
     walk.each([&](int64_t v0, const at::Tensor& block, int64_t row0, const at::Tensor&, at::Tensor& z) {
       const int64_t n = z.size(0);
-      at::Tensor sums = want_rows ? out.narrow(0, row0, n) : out;
-      forward_block(z.mutable_data_ptr<scalar_t>(), n, z.size(1), v0, y + row0, logits, rows.data() + row0,
-                    want_rows ? sums.mutable_data_ptr<scalar_t>() : nullptr, walk.D);
-      if (want_rows) sums.addmm_(z, block);
+      scalar_t *z_data = z.mutable_data_ptr<scalar_t>(), *sums = out.mutable_data_ptr<scalar_t>();
+      at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          forward_row(z_data + i * z.size(1), z.size(1), v0, y[row0 + i], logits, rows[row0 + i],
+                      want_rows ? sums + (row0 + i) * walk.D : nullptr, walk.D);
+        }
+      });
+      if (want_rows) out.narrow(0, row0, n).addmm_(z, block);
     });
     finish(rows, logits, want_rows && walk.N ? head.index_select(0, targets).to(options) : at::Tensor(), logp,
            lse.mutable_data_ptr<scalar_t>(), out);

@@ -3,13 +3,13 @@
 //
 //   row[n]     = d logp[n] / d h[n] = f[n,y] W[y] - sum_{v kept} p f W[v] - sum over blocks b of t[n,b] * mean[s,b]
 //   d head[v]  = sum_n c[n] (1[v = y] f - p f) h[n]:  kept terms one by one, the others as share[s,v] * H[s,b]
-//   kept:        p f > drop_below (by the sum so far, so never fewer);   f = scale * (1 - (z/softcap)^2)
+//   kept:        p f > drop_below (by the sum so far, so never fewer);   f = 1 - (z/softcap)^2, times scale at the end
 //   t[n,b]       = sum of p f over the block's dropped v
 //   share[s,v]   = the dropped p f of v summed over the rows of segment s, over the same sum of the whole block
 //   mean[s,b]    = sum_v share[s,v] W[v];   H[s,b] = sum_n c[n] t[n,b] h[n] over the rows n of segment s
 //
 // Both corrections are the same rank-one tail: row n spreads its t[n,b] over the block's ids as its segment does. A
-// segment is one sequence, so no sequence depends on its neighbours, and where its rows share one coefficient c the
+// segment is one sequence, so none depends on its neighbours here, and where its rows share one coefficient c the
 // c-weighted sum of its tails is nearly exact for any loss (exact but for p f being taken by the sum so far).
 // Everything in the forward pass happens while the head block lies in cache. Letters as in walk.h; S segments.
 #include "walk.h"
@@ -17,7 +17,9 @@
 namespace ddpo {
 namespace {
 
-constexpr int64_t kGroup = 64;        // entries looked at together for one above the threshold; rows of a task
+constexpr int64_t kGroup = 64;        // entries looked at together for one above the threshold
+constexpr int64_t kTask = 8;          // rows of a task, whatever the number of threads
+constexpr int64_t kMostKept = 16;     // a flat softmax keeps nearly all: at V / kMostKept a row the list is given up
 constexpr int64_t kTailBlock = 1024;  // head rows that share a mean row; fixed, so that it depends on no batch
 
 template <typename T>
@@ -85,8 +87,10 @@ void check_segments(const at::Tensor& segments, int64_t N) {
 }
 
 // -> logp (N,), rows (N, D) in hidden's dtype; where the head is trained, for its gradient: slope (N,) of the target,
-//    ends (V,), kept_rows (K,) and kept (K,) by id, tail (N, V/1024), share (S, V); else those are empty
-using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+//    ends (V,), kept_rows (K,) and kept (K,) by id, tail (V/1024, N), share (S, V), and the log-sum-exps lse (N,), by
+//    which to recompute where too many were kept and ends is -1; else those are empty
+using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                           at::Tensor, at::Tensor>;
 
 Forward linear_logp_sparse_fwd(const at::Tensor& hidden, const at::Tensor& head, const at::Tensor& targets,
                                const std::optional<at::Tensor>& bias_in, double scale, std::optional<double> softcap,
@@ -100,8 +104,8 @@ Forward linear_logp_sparse_fwd(const at::Tensor& hidden, const at::Tensor& head,
   const std::optional<at::Tensor> bias = bias_in ? std::optional(bias_in->to(options).contiguous()) : std::nullopt;
   at::Tensor logp = at::empty({N}, options), out = at::zeros({N, D}, options);
   at::Tensor slope = at::empty({head_trained ? N : 0}, options), tail = at::empty({num_blocks, N}, options);
-  at::Tensor share = at::empty({head_trained ? S : 0, V}, options), dropped = at::empty({S, walk.B}, options);
-  at::Tensor ends, kept_rows, kept;
+  at::Tensor share = at::zeros({head_trained ? S : 0, V}, options), dropped = at::empty({S, walk.B}, options);
+  at::Tensor ends, kept_rows, kept, lse = at::empty({head_trained ? N : 0}, options);
   const at::Tensor own = head.index_select(0, targets).to(options);      // (N, D) W[y]
   const at::Tensor first = (walk.hidden * own).sum(1);                   // (N,) h.W[y]: a first bound of the log-sum-exp
   const at::Tensor segment_of = at::repeat_interleave(segments.diff());  // (N,)
@@ -117,24 +121,25 @@ Forward linear_logp_sparse_fwd(const at::Tensor& hidden, const at::Tensor& head,
       bound[i] = z;
     }
     ById<scalar_t> by_id;
+    bool listing = head_trained;
     std::vector<std::vector<Entry>> lists;  // of the block under way: a task of kGroup rows each
     scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
     const auto one_chunk = [&](int64_t v0, const at::Tensor& block, int64_t row0, const at::Tensor&, at::Tensor& z) {
-      const int64_t n = z.size(0), B = z.size(1), tasks = (n + kGroup - 1) / kGroup;
+      const int64_t n = z.size(0), B = z.size(1), tasks = (n + kTask - 1) / kTask;
       const scalar_t* block_data = block.template const_data_ptr<scalar_t>();
       scalar_t* z_data = z.template mutable_data_ptr<scalar_t>();
       scalar_t* tail_b = tail.mutable_data_ptr<scalar_t>() + v0 / walk.B * N;
-      forward_block(z_data, n, B, v0, y + row0, logits, rows.data() + row0, out_data + row0 * D, D);
       const size_t list0 = row0 == 0 ? 0 : lists.size();
-      if (head_trained) lists.resize(list0 + tasks);
+      if (listing) lists.resize(list0 + tasks);
       at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * kGroup; i < std::min(end * kGroup, n); ++i) {
+        for (int64_t i = begin * kTask; i < std::min(end * kTask, n); ++i) {
           const int64_t row = row0 + i;
-          const RowState<scalar_t>& state = rows[row];
+          RowState<scalar_t>& state = rows[row];
+          forward_row(z_data + i * B, B, v0, y[row], logits, state, out_data + row * D, D);
           const scalar_t sum = std::max(state.sum, std::exp(bound[row] - state.max));
           tail_b[row] = take_kept(z_data + i * B, B, scalar_t(drop_below) * sum, block_data, out_data + row * D, D, row,
-                                  head_trained ? &lists[list0 + i / kGroup] : nullptr);
-          weight[row] = 1 / sum;
+                                  listing ? &lists[list0 + i / kTask] : nullptr);
+          weight[row] = sum > 0 ? 1 / sum : scalar_t(0);  // 0: nothing yet, or not a number
           if (head_trained) max_then[v0 / walk.B * N + row] = state.max;
         }
       });
@@ -160,10 +165,16 @@ Forward linear_logp_sparse_fwd(const at::Tensor& hidden, const at::Tensor& head,
       });
       if (!head_trained) return;
       share.narrow(1, v0, B).copy_(sums);
-      by_id.add(lists, B);
+      if (listing) by_id.add(lists, B);
+      if (int64_t(by_id.entries.size()) > N * V / kMostKept) {
+        listing = false;
+        by_id = {};
+        lists = {};
+      }
     };
     if (N) walk.each(one_chunk, after_block);
-    finish(rows, logits, N ? own : at::Tensor(), logp, static_cast<scalar_t*>(nullptr), out);
+    finish(rows, logits, N ? own : at::Tensor(), logp,
+           head_trained ? lse.mutable_data_ptr<scalar_t>() : nullptr, out);
     if (!head_trained) return;
     // what was relative to the sum so far, relative to the whole sum
     scalar_t* tail_data = tail.mutable_data_ptr<scalar_t>();
@@ -174,12 +185,12 @@ Forward linear_logp_sparse_fwd(const at::Tensor& hidden, const at::Tensor& head,
       for (int64_t i = 0; i < N; ++i) tail_data[b * N + i] *= factor(b, i);
     }
     const int64_t num_kept = by_id.entries.size();
-    by_id.ends.resize(V);
+    by_id.ends.resize(V, listing ? 0 : -1);
     ends = at::empty({V}, targets.options());
     std::copy(by_id.ends.begin(), by_id.ends.end(), ends.mutable_data_ptr<int64_t>());
     kept_rows = at::empty({num_kept}, targets.options().dtype(at::kInt));
     kept = at::empty({num_kept}, options);
-    for (int64_t v = 0, k = 0; v < V; ++v) {
+    for (int64_t v = 0, k = 0; num_kept && v < V; ++v) {
       for (; k < by_id.ends[v]; ++k) {
         const Entry& entry = by_id.entries[k];
         kept_rows.mutable_data_ptr<int32_t>()[k] = entry.row;
@@ -194,7 +205,7 @@ Forward linear_logp_sparse_fwd(const at::Tensor& hidden, const at::Tensor& head,
     kept = at::empty({0}, options);
     tail = at::empty({0, 0}, options);
   }
-  return {logp, out.to(hidden.scalar_type()), slope, ends, kept_rows, kept, tail, share};
+  return {logp, out.to(hidden.scalar_type()), slope, ends, kept_rows, kept, tail, share, lse};
 }
 
 // The gradients of head and bias from what the forward pass kept; each empty unless wanted, in opmath precision.

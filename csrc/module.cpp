@@ -10,7 +10,7 @@ TORCH_LIBRARY(ddpo, m) {
   m.def(
       "linear_logp_sparse_fwd(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float scale, float? softcap, "
       "Tensor segments, float drop_below, bool head_trained) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_logp_sparse_bwd(Tensor hidden, Tensor targets, Tensor segments, Tensor upstream, float scale, "
       "Tensor slope, Tensor ends, Tensor kept_rows, Tensor kept, Tensor tail, Tensor share, bool want_head, "

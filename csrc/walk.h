@@ -170,34 +170,29 @@ inline void check(const at::Tensor& hidden, const at::Tensor& head, const at::Te
   }
 }
 
-// One block of logits z (n, B) of a chunk of rows, in place: raw products become exp(z - max) (times the cap's slope)
-// where the gradient's rows are summed, and `out` (n, D) is scaled down with the running maximum.
+// One row's block of logits z (B), in place: raw products become exp(z - max) (times the cap's slope) where the
+// gradient's row `out` (D) is summed, and `out` is scaled down with the running maximum.
 template <typename T>
-void forward_block(T* z, int64_t n, int64_t B, int64_t v0, const int64_t* targets, const Logits<T>& logits,
-                   RowState<T>* rows, T* out, int64_t D) {
+void forward_row(T* z, int64_t B, int64_t v0, int64_t target, const Logits<T>& logits, RowState<T>& row, T* out,
+                 int64_t D) {
   using Vec = at::vec::Vectorized<T>;
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      T* z_i = z + i * B;
-      RowState<T>& row = rows[i];
-      logits.apply(z_i, v0, B);
-      if (targets[i] >= v0 && targets[i] < v0 + B) row.target = z_i[targets[i] - v0];
-      const T top = at::vec::reduce_all<T>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, z_i, B);
-      if (std::isnan(top) || std::isnan(row.max)) {  // exp_u20 would make a number of it
-        row.max = row.sum = std::numeric_limits<T>::quiet_NaN();
-        continue;
-      }
-      const T max = std::max(row.max, top);
-      if (max == -std::numeric_limits<T>::infinity()) {  // a block of impossible tokens
-        if (out) std::fill(z_i, z_i + B, T(0));
-        continue;
-      }
-      const T shrink = std::exp(row.max - max);
-      row.max = max;
-      row.sum = row.sum * shrink + exp_block(z_i, B, max, logits, out != nullptr);
-      if (out && shrink != T(1)) scale_row(out + i * D, shrink, D);
-    }
-  });
+  logits.apply(z, v0, B);
+  if (target >= v0 && target < v0 + B) row.target = z[target - v0];
+  const T top = at::vec::reduce_all<T>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, z, B);
+  if (std::isnan(top) || std::isnan(row.max)) {  // exp_u20 would make a number of it
+    row.max = row.sum = std::numeric_limits<T>::quiet_NaN();
+    if (out) std::fill(z, z + B, T(0));
+    return;
+  }
+  const T max = std::max(row.max, top);
+  if (max == -std::numeric_limits<T>::infinity()) {  // a block of impossible tokens
+    if (out) std::fill(z, z + B, T(0));
+    return;
+  }
+  const T shrink = std::exp(row.max - max);
+  row.max = max;
+  row.sum = row.sum * shrink + exp_block(z, B, max, logits, out != nullptr);
+  if (out && shrink != T(1)) scale_row(out, shrink, D);
 }
 
 // Log-probs (and, where wanted, log-sum-exps) of finished rows; where `own`, the target's head rows (N, D), is given,

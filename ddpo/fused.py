@@ -136,7 +136,7 @@ class _FusedLinearPreference(nn.Module):
             return values + self.alpha * nll(logp) if self.compute_nll_loss else values
 
         hidden, terms = _input[positions], self._one_op(ref_logp, counts)
-        if terms and len(segments) == 2 * B + 1:
+        if terms and len(segments) == 2 * B + 1 and not (weight is not None and weight.requires_grad):
             loss, logp, _ = linear_preference(hidden, head, targets, segments, pairs, weight, bias=bias, **terms)
         else:
             logp = sequence_logp(hidden, head, targets, segments, bias=bias)

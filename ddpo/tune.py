@@ -22,6 +22,7 @@ def tune(cfg: TuneConfig) -> dict:
     """
     if not torch.cuda.is_available():
         raise ValueError("tune: wanted a GPU, found none; on a CPU there is nothing to choose")
+    tuned.stored()  # a broken file is said now, not after minutes
     gpu = torch.cuda.get_device_name()
     V, D = head_shape(cfg.model)
     hidden, head = torch.randn(cfg.rows, D, device="cuda"), torch.randn(V, D, device="cuda") * D**-0.5
@@ -32,11 +33,11 @@ def tune(cfg: TuneConfig) -> dict:
     for head_trained in (False, True):
         times = time_choices(lambda choice, trained=head_trained: run(call, choice, trained), event_ms)
         fastest = min(times, key=times.get)
-        found[tuned.key(D, V, head_trained)] = fastest._asdict()
+        found[tuned.key(hidden.dtype, D, V, head_trained)] = fastest._asdict()
         for choice, ms in times.items():
             mark = " <- fastest" if choice == fastest else ""
             log.console.print(
-                f"{tuned.key(D, V, head_trained)}: {choice.path} {choice.chunk_mib} MiB {ms:.2f} ms{mark}"
+                f"{tuned.key(hidden.dtype, D, V, head_trained)}: {choice.path} {choice.chunk_mib} MiB {ms:.2f} ms{mark}"
             )
     remember(gpu, found)
     return found

@@ -89,7 +89,7 @@ def _logits(
     return z
 
 
-# N and where a slice of the targets begins differ from batch to batch: nothing is compiled for them anew
+# N and where a slice of the targets begins differ from batch to batch: not specialised where that costs nothing
 _PER_BATCH = {"do_not_specialize": ["N"], "do_not_specialize_on_alignment": ["y_ptr", "g_ptr", "lse_ptr", "logp_ptr"]}
 _EVEN_D = triton.heuristics({"EVEN_D": lambda args: args["D"] % args["BLOCK_D"] == 0})
 
@@ -296,13 +296,13 @@ TILES = {  # of a GEMM in 16-bit types: least shared memory, KiB, then rows, col
 }
 
 
-def _config(dtype: torch.dtype, rows: str, columns: str, depth: str, softcap=None, add: bool = False) -> dict:
+def _config(dtype: torch.dtype, rows: str, columns: str, depth: str, wide: bool = False, add: bool = False) -> dict:
     """Tile of a GEMM kernel, under its names. A table, not autotune: no first-step stall, same bits every run. No
-    choice spills a register on any GPU of benchmarks/compiled.py."""
+    choice spills a register in any case of benchmarks/compiled.py."""
     backend, capability, shared = _device()
     m, n, k, warps, stages = next(tile for least, *tile in TILES[backend] if shared >= least)
-    if backend == "cuda" and (softcap is not None or (add and capability >= 100)):
-        n = min(n, 128)  # the cap, and a sum that passes through tensor memory, hold twice the registers
+    if backend == "cuda" and (wide or (add and capability >= 100)):
+        n = min(n, 128)  # a bias, the cap, and a sum that passes through tensor memory hold more registers
     if dtype == torch.float32 and backend != "interpreter":  # products in full float32: no tensor cores
         m, n, k, warps, stages = 64, 64, 32, 4, 2
     return {rows: m, columns: n, depth: k, "num_warps": warps, "num_stages": stages, "GROUP": 16}
@@ -324,7 +324,7 @@ def fwd(hidden, head, targets, bias, scale, softcap) -> tuple[torch.Tensor, torc
     lse, logp = (hidden.new_empty(N, dtype=torch.float32) for _ in range(2))
     if N == 0:
         return logp, lse
-    cfg = _config(hidden.dtype, "BLOCK_N", "BLOCK_V", "BLOCK_D", softcap)
+    cfg = _config(hidden.dtype, "BLOCK_N", "BLOCK_V", "BLOCK_D", softcap is not None or bias is not None)
     split = SPLIT_V if _device()[0] != "interpreter" else 2 * cfg["BLOCK_V"]
     num_splits = triton.cdiv(V, split)
     partial = hidden.new_empty((num_splits, N), dtype=torch.float32)
@@ -346,7 +346,7 @@ def bwd(hidden, head, targets, bias, scale, softcap, lse, upstream, wants):
     grad_bias = hidden.new_zeros(V, dtype=torch.float32) if wants[2] else None
     if N == 0:
         return grad_hidden, grad_head, grad_bias
-    cfg = _config(hidden.dtype, "BLOCK_N", "BLOCK_V", "BLOCK_D", softcap)
+    cfg = _config(hidden.dtype, "BLOCK_N", "BLOCK_V", "BLOCK_D", softcap is not None or bias is not None)
     panel = panel_size(N, V, hidden.dtype.itemsize, cfg["BLOCK_V"], PANEL_BYTES)
     buffer = hidden.new_empty((N, panel))
     for first in range(0, V, panel):

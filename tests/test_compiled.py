@@ -18,7 +18,7 @@ def compiled(tmp_path_factory):
     """What benchmarks/compiled.py finds, in a process of its own: this one may have an interpreter or a GPU."""
     out = tmp_path_factory.mktemp("compiled") / "compiled.json"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "benchmarks/compiled.py", "--json", str(out)]
+    command = [sys.executable, "-m", "benchmarks.compiled", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())

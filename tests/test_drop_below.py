@@ -96,7 +96,7 @@ def test_drop_below_is_bitwise_for_any_threads():
 
     def passes():
         forward = torch.ops.ddpo.linear_logp_sparse_fwd(hidden, head, targets, None, 1.0, None, segments, 2**-9, True)
-        backward = torch.ops.ddpo.linear_logp_sparse_bwd(hidden, targets, segments, c, 1.0, *forward[2:], True, True)
+        backward = torch.ops.ddpo.linear_logp_sparse_bwd(hidden, targets, segments, c, 1.0, *forward[2:-1], True, True)
         return *forward, *backward
 
     two, before = passes(), torch.get_num_threads()
@@ -118,10 +118,53 @@ def test_short_segments_are_exact():
     assert torch.equal(*rows)
 
 
+@need_cpp
+def test_no_rows():
+    (hidden, head, bias), targets, _ = case(0, 4, 9, torch.float32)
+    grads = [x.requires_grad_() for x in (hidden, head, bias)]
+    linear_logp(hidden, head, targets, bias=bias, drop_below=0.1).sum().backward()
+    assert not any(x.grad.any() for x in grads)
+
+
+@need_cpp
+@pytest.mark.parametrize("what", ["impossible", "broken"])
+def test_a_lost_row_loses_no_other(what):
+    """A target of probability 0, or a hidden state that is not a number, in a segment of 40 rows."""
+    (hidden, head, bias), targets, upstream = case(40, 8, 3000, torch.float32)
+    upstream[3] = 0.0
+    if what == "impossible":
+        bias[:1024], targets = -torch.inf, targets.clamp(min=1024)
+        targets[3] = 5
+    else:
+        hidden[3] = torch.nan
+    h = hidden.requires_grad_()
+    logp = linear_logp(h, head, targets, bias=bias, drop_below=1e-3)
+    (grad,) = torch.autograd.grad(logp, h, upstream)
+    others = torch.arange(40) != 3
+    assert grad[others].isfinite().all() and logp[others].isfinite().all() and not logp[3].isfinite()
+
+
+@need_cpp
+def test_a_flat_softmax_is_recomputed():
+    """Where nearly all probabilities would be kept, the head's gradient is the exact one."""
+    (hidden, head, bias), targets, upstream = case(40, 8, 3000, torch.float32)
+    tensors = (0.01 * hidden, head, 0.01 * bias)
+    grads = [
+        gradients(linear_logp, tensors, targets, upstream, torch.float32, True, impl="cpp", drop_below=d)
+        for d in (0.0, 1e-4)
+    ]
+    for kept, exact in zip(grads[1][1:], grads[0][1:], strict=True):
+        assert relative(kept, exact) < 1e-5
+    call = (*tensors[:2], targets, tensors[2], 1.0, None, torch.tensor([0, 40]), 1e-4, True)
+    _, _, _, ends, kept_rows, *_ = torch.ops.ddpo.linear_logp_sparse_fwd(*call)
+    assert (ends == -1).all() and len(kept_rows) == 0
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"drop_below": 1.0}, r"drop_below must be in \[0, 1\), got 1.0"),
+        ({"drop_below": -1.0, "segments": torch.arange(4)}, r"drop_below must be in \[0, 1\), got -1.0"),
         ({"drop_below": 0.1, "impl": "torch"}, "drop_below > 0 wants impl 'cpp'"),
         ({"segments": torch.tensor([0.0, 3.0])}, r"segments must be int64 \(S\+1,\) row offsets"),
         ({"drop_below": 0.1, "segments": torch.tensor([0, 2])}, "segments must rise from 0 to N = 3"),

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from conftest import close_to_truth, relative
 from test_fused import B, D, V, batch, f64, logps, run
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ddpo import FusedLinearDDPOLoss, FusedLinearDORPOLoss
+from ddpo import FusedLinearDDPOLoss, FusedLinearDORPOLoss, linear_preference
 
 
 def need(package):
@@ -266,3 +267,24 @@ def ddp_process(folder):
 
 if __name__ == "__main__":
     ddp_process(sys.argv[1])
+
+
+def test_inside_activation_checkpointing_and_with_a_loss_scale():
+    """Saved tensors may be read only once; float16 gradients meet their loss scale in backward, not before."""
+    g = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(20, 8, generator=g), torch.randn(31, 8, generator=g)
+    targets = torch.randint(0, 31, (20,), generator=g)
+    segments, pairs = torch.tensor([0, 5, 9, 14, 20]), torch.tensor([[0, 1], [2, 3], [0, 3]])
+
+    def loss(h, w, **options):
+        return linear_preference(h, w, targets, segments, pairs, None, beta=0.1, **options)[0]
+
+    grads = []
+    for f in (loss, lambda h, w: checkpoint(loss, h, w, use_reentrant=False)):
+        leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+        grads.append(torch.autograd.grad(f(*leaves), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    h, truth = hidden.half().requires_grad_(), hidden.half().double().requires_grad_()
+    (loss(h, head.half(), denominator=65536) * 65536).backward()
+    (loss(truth, head.half().double(), denominator=65536) * 65536).backward()
+    assert relative(h.grad, truth.grad) < 2e-3

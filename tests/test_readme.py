@@ -6,14 +6,14 @@ import sys
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT))
 README = (ROOT / "README.md").read_text()
 
 
 def test_generated_blocks():
-    from readme import render
+    from benchmarks.readme import render
 
-    assert render(README) == README, "run python benchmarks/readme.py"
+    assert render(README) == README, "run python -m benchmarks.readme"
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))

@@ -9,6 +9,8 @@ from ddpo.cli import main
 from ddpo.ops import triton, tuned
 from ddpo.ops.linear_logp import Call
 
+f32 = torch.float32
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
@@ -43,13 +45,13 @@ def test_medians_of_rounds_in_turn():
 
 def test_what_is_remembered_is_taken():
     default = tuned.Choice()
-    assert tuned.choice("GPU A", 64, 1000, False) == default == tuned.Choice("chunked", 256)
-    tune.remember("GPU A", {tuned.key(64, 1000, False): {"path": "fused", "chunk_mib": 256}})
-    tune.remember("GPU A", {tuned.key(64, 1000, True): {"path": "chunked", "chunk_mib": 64}})
-    tune.remember("cpu", {tuned.key(4, 9, False): {"path": "fused", "chunk_mib": 256}})
-    assert tuned.choice("GPU A", 64, 1000, False) == tuned.Choice("fused", 256)
-    assert tuned.choice("GPU A", 64, 1000, True) == tuned.Choice("chunked", 64)
-    assert tuned.choice("GPU B", 64, 1000, False) == default == tuned.choice("GPU A", 65, 1000, False)
+    assert tuned.choice("GPU A", f32, 64, 1000, False) == default == tuned.Choice("chunked", 256)
+    tune.remember("GPU A", {tuned.key(f32, 64, 1000, False): {"path": "fused", "chunk_mib": 256}})
+    tune.remember("GPU A", {tuned.key(f32, 64, 1000, True): {"path": "chunked", "chunk_mib": 64}})
+    tune.remember("cpu", {tuned.key(f32, 4, 9, False): {"path": "fused", "chunk_mib": 256}})
+    assert tuned.choice("GPU A", f32, 64, 1000, False) == tuned.Choice("fused", 256)
+    assert tuned.choice("GPU A", f32, 64, 1000, True) == tuned.Choice("chunked", 64)
+    assert tuned.choice("GPU B", f32, 64, 1000, False) == default == tuned.choice("GPU A", f32, 65, 1000, False)
     (hidden, head, _), targets, _ = case(5, 4, 9, torch.float32)
     call = Call(hidden, head, targets, None, 1.0, None, None, 0.0)
     frozen = (True, False, False)
@@ -61,4 +63,7 @@ def test_a_broken_file_is_said():
     tuned.file().parent.mkdir(parents=True)
     tuned.file().write_text("{")
     with pytest.raises(ValueError, match=r"tuned.json is not JSON .* run `ddpo tune` again"):
-        tuned.choice("GPU A", 64, 1000, False)
+        tuned.choice("GPU A", f32, 64, 1000, False)
+    tuned.file().write_text("[]")
+    with pytest.raises(ValueError, match=r"tuned.json holds something else .* run `ddpo tune` again"):
+        tuned.choice("GPU A", f32, 64, 1000, False)

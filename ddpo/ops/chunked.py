@@ -21,7 +21,7 @@ def fake(call, wants: tuple[bool, bool, bool]):
     """What forward gives, unwritten: logp (N,), and for backward rows (N, D) = d logp / d hidden where only hidden's
     gradient is wanted, lse (N,) where head's or bias's is. wants: the gradients of hidden, head and bias."""
     logp, lse = (call.hidden.new_empty(call.hidden.shape[0], dtype=opmath(call.hidden.dtype)) for _ in range(2))
-    return logp, [torch.empty_like(call.hidden)] if wants == (True, False, False) else [lse]
+    return logp, [call.hidden.new_empty(call.hidden.shape)] if wants == (True, False, False) else [lse]
 
 
 def forward(call, wants: tuple[bool, bool, bool]):
@@ -52,8 +52,8 @@ def backward(call, saved, upstream, wants: tuple[bool, bool, bool]):
         return deferred(saved[0], upstream), None, None
     (lse,) = saved
     acc = opmath(call.hidden.dtype)
-    grad_hidden = torch.empty_like(call.hidden) if wants[0] else None
-    grad_head = torch.zeros_like(call.head, dtype=acc) if wants[1] else None
+    grad_hidden = call.hidden.new_empty(call.hidden.shape) if wants[0] else None
+    grad_head = call.head.new_zeros(call.head.shape, dtype=acc) if wants[1] else None
     grad_bias = torch.zeros_like(call.bias, dtype=acc) if wants[2] else None
     for chunk, buffer in _buffers(call):
         z = _logits(call, chunk, buffer)

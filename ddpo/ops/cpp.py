@@ -28,13 +28,13 @@ def _fake_bwd(hidden, head, targets, bias, scale, softcap, lse, upstream, want_h
 def _fake_sparse_fwd(hidden, head, targets, bias, scale, softcap, segments, drop_below, head_trained):
     (N, _), V, S = hidden.shape, head.shape[0], segments.shape[0] - 1
     floats = torch.empty(0, dtype=opmath(hidden.dtype), device=hidden.device)
-    logp, rows = floats.new_empty(N), torch.empty_like(hidden)
+    logp, rows = floats.new_empty(N), hidden.new_empty(hidden.shape)
     K = torch.library.get_ctx().new_dynamic_size() if head_trained else 0
     N, V, S, blocks = (N, V, S, -(-V // TAIL_BLOCK)) if head_trained else (0, V, 0, 0)
     ends, kept_rows = targets.new_empty(V if head_trained else 0), targets.new_empty(K, dtype=torch.int32)
-    shapes = ((N,), (K,), (blocks, N), (S, V))
-    slope, kept, tail, share = (floats.new_empty(shape) for shape in shapes)
-    return logp, rows, slope, ends, kept_rows, kept, tail, share
+    shapes = ((N,), (K,), (blocks, N), (S, V), (N,))
+    slope, kept, tail, share, lse = (floats.new_empty(shape) for shape in shapes)
+    return logp, rows, slope, ends, kept_rows, kept, tail, share, lse
 
 
 def _fake_sparse_bwd(
@@ -66,7 +66,7 @@ def forward(call, wants: tuple[bool, bool, bool]):
     if any(wants) and call.drop_below > 0:
         sparse = (_segments(call), call.drop_below, head_trained)
         logp, rows, *kept = torch.ops.ddpo.linear_logp_sparse_fwd(*tensors, *sparse)
-        return logp, [rows, *kept] if head_trained else [rows]
+        return logp, [rows if wants[0] else rows.new_empty(0), *kept] if head_trained else [rows]
     logp, lse, rows = torch.ops.ddpo.linear_logp_fwd(*tensors, wants[0] and not head_trained)
     return logp, [lse] if head_trained else [rows]
 
@@ -75,16 +75,24 @@ def backward(call, saved, upstream, wants: tuple[bool, bool, bool]):
     """-> gradients of hidden, head and bias, None where not wanted."""
     if not wants[1] and not wants[2]:
         return deferred(saved[0], upstream), None, None
+    tensors = (call.hidden, call.head, call.targets, call.bias, call.scale, call.softcap)
     if call.drop_below > 0:
-        rows, *kept = saved
-        of_head, of_bias = torch.ops.ddpo.linear_logp_sparse_bwd(
-            call.hidden, call.targets, _segments(call), upstream, call.scale, *kept, *wants[1:]
-        )
-        grads = (deferred(rows, upstream) if wants[0] else None, of_head, of_bias)
+        rows, *kept, lse = saved
+        of_hidden = deferred(rows, upstream) if wants[0] else None
+        if _gave_up(kept[1]):
+            _, *of_rest = torch.ops.ddpo.linear_logp_bwd(*tensors, lse, upstream, False, *wants[1:])
+        else:
+            sparse = (call.hidden, call.targets, _segments(call), upstream, call.scale)
+            of_rest = torch.ops.ddpo.linear_logp_sparse_bwd(*sparse, *kept, *wants[1:])
+        grads = (of_hidden, *of_rest)
     else:
-        tensors = (call.hidden, call.head, call.targets, call.bias, call.scale, call.softcap)
         grads = torch.ops.ddpo.linear_logp_bwd(*tensors, *saved, upstream, *wants)
     return [grad.to(call.hidden.dtype) if want else None for grad, want in zip(grads, wants, strict=True)]
+
+
+def _gave_up(ends) -> bool:
+    """Whether forward found too many probabilities to keep."""
+    return bool(ends[-1] < 0)
 
 
 fake = forward  # on fake tensors the kernels give fakes

@@ -71,31 +71,37 @@ def linear_logp(
             one of its ways is meant, else what `ddpo tune` found faster, else chunked), 'torch' (anywhere).
         drop_below: in [0, 1), probability. 0 is exact. Else probabilities under it (times the softcap's slope) enter
             the gradients by their sum times a mean, per segment and 1,024 ids of the vocabulary: a mean head row in
-            hidden's gradient, a mean hidden row in head's. Log-probs stay exact. Exact all the same where segments
-            hold fewer than 16 rows on average: they would gain nothing. What is kept for a trained head's gradient
-            grows with V by one float per segment and id.
+            hidden's gradient, a mean hidden row in head's. Log-probs stay exact. Exact all the same where the call's
+            segments hold fewer than 16 rows on average, which would gain nothing. For a trained head's gradient are
+            kept one float per segment and id and the larger probabilities; where those are more than V/16 a row (a
+            nearly flat softmax) it is recomputed, exactly.
     Returns: (N,) nats; float64 for float64 input, else float32. Target logit and log-sum-exp are taken in that
         precision. Differentiable once in hidden, head and bias.
     Raises: ValueError for other shapes, dtypes or values; RuntimeError for a named impl that is not there.
     Source: the log-softmax of every language model head; deferred scale and tail correction are ours.
     """
     hidden, head, bias = autocast(hidden, head, bias)
-    if segments is not None:
-        segments = segments.contiguous()
-        if MIN_MEAN_ROWS * (len(segments) - 1) > len(hidden):
-            drop_below = 0.0
+    segments = None if segments is None else segments.contiguous()
     call = Call(hidden, head, targets.contiguous(), bias, scale, softcap, segments, drop_below)
     check(call)
-    wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head, bias)]
-    return _forward(*call, find_impl(impl, call), wants)[0]
+    impl = find_impl(impl, call)
+    num_segments = 1 if segments is None else len(segments) - 1
+    if len(hidden) == 0 or (num_segments > 1 and MIN_MEAN_ROWS * num_segments > len(hidden)):
+        call = call._replace(drop_below=0.0)
+    return _forward(*call, impl, wanted(hidden, head, bias))[0]
 
 
 def autocast(hidden, head, bias):
     """As autocast, where it is on, would cast the inputs of a linear layer."""
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:
         return hidden, head, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def wanted(hidden, head, bias) -> list[bool]:
+    """Which of their gradients are."""
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head, bias)]
 
 
 def check(call: Call) -> None:
@@ -124,7 +130,7 @@ def check(call: Call) -> None:
         refuse("scale", "positive", scale)
     if not 0 <= drop_below < 1:
         refuse("drop_below", "in [0, 1)", drop_below)
-    if segments is not None and (segments.dim() != 1 or segments.dtype != torch.int64 or len(segments) < 2):
+    if segments is not None and (segments.dim() != 1 or segments.dtype != torch.int64 or len(segments) < 1):
         refuse("segments", "int64 (S+1,) row offsets", segments)
     if hidden.device.type != "cpu" or torch.compiler.is_compiling():
         return  # values: a host sync, a graph break; the C++ kernels check them again
@@ -204,13 +210,13 @@ def keep(ctx, call: Call, saved: list[Tensor], impl: str, wants: Sequence[bool],
 def _autograd(ctx, upstream, _):  # upstream (N,)
     if upstream is None:
         return (None,) * 10
-    of_hidden, of_head, of_bias = gradients(ctx, upstream)
+    of_hidden, of_head, of_bias = gradients(ctx, ctx.saved_tensors, upstream)
     return of_hidden, of_head, None, of_bias, *[None] * 6
 
 
-def gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
-    """Of hidden, head and bias, None where not wanted."""
-    hidden, head, targets, bias, segments, _, *saved = ctx.saved_tensors
+def gradients(ctx, tensors: tuple, upstream: Tensor) -> list[Tensor | None]:
+    """Of hidden, head and bias, None where not wanted. tensors: ctx.saved_tensors, which may be read only once."""
+    hidden, head, targets, bias, segments, _, *saved = tensors
     scale, softcap, drop_below, impl, wants = ctx.options
     found = _backward(upstream, saved, hidden, head, targets, bias, scale, softcap, segments, drop_below, impl, wants)
     in_order = iter(found)
@@ -244,4 +250,4 @@ def _backward(
 def _(upstream, saved, hidden, head, targets, bias, scale, softcap, segments, drop_below, impl, wants):
     if hidden is None:
         return [torch.empty_like(saved[0])]  # its rows
-    return [torch.empty_like(x) for x, want in zip((hidden, head, bias), wants, strict=True) if want]
+    return [x.new_empty(x.shape) for x, want in zip((hidden, head, bias), wants, strict=True) if want]

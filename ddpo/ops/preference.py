@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpo.ops.linear_logp import BACKENDS, Call, autocast, check, find_impl, gradients, keep
+from ddpo.ops.linear_logp import BACKENDS, Call, autocast, check, find_impl, gradients, keep, wanted
 from ddpo.ops.sequence_sum import sequence_sum
 
 
@@ -43,7 +43,7 @@ def linear_preference(
         hidden: (N, D); head: (V, D); targets: (N,); bias, scale, softcap: as in linear_logp.
         segments: (S+1,) int64 row offsets of the sequences, rising from 0 to N.
         pairs: (P, 2) int64, chosen and rejected sequence of each pair.
-        weight: (P,) unitless, or None: ones (DPO, ORPO).
+        weight: (P,) unitless, or None: ones (DPO, ORPO). Like ref_logp and the scalars, a constant: no gradient.
         ref_logp: (S,) nats, the reference policy's; None: zeros. Not for dorpo.
         label_smoothing: e in [0, 0.5), ddpo only: the share of pairs whose order is wrong.
         tokens_per_pair: dorpo; chosen tokens per pair of the whole step, or None: each pair its own.
@@ -57,29 +57,31 @@ def linear_preference(
     hidden, head, bias = autocast(hidden, head, bias)
     call = Call(hidden, head, targets.contiguous(), bias, scale, softcap, None, 0.0)
     check(call)
-    odds = _check_pairs(len(hidden), segments, pairs, weight, loss, ref_logp, label_smoothing)
+    odds = _check_pairs(len(hidden), hidden.device, segments, pairs, weight, loss, ref_logp, label_smoothing)
     kind = {"device": hidden.device, "dtype": torch.float64 if hidden.dtype == torch.float64 else torch.float32}
 
     def scalar(x):  # as a fill, not a copy, which would wait for the device
-        return x.to(**kind) if isinstance(x, Tensor) else torch.full((), float(x), **kind)
+        return x.detach().to(**kind).reshape(()) if isinstance(x, Tensor) else torch.full((), float(x), **kind)
 
     weight, ref_logp = (None if x is None else x.detach().to(**kind).contiguous() for x in (weight, ref_logp))
     tokens_per_pair = None if tokens_per_pair is None else scalar(tokens_per_pair)
     denominator = scalar(max(len(pairs), 1) if denominator is None else denominator)
     tensors = (segments.contiguous(), pairs.contiguous(), weight, ref_logp, denominator, tokens_per_pair)
-    wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head, bias)]
     terms = (*tensors, float(beta), float(label_smoothing), odds)
-    value, logp, losses, *_ = _forward(*call[:6], *terms, find_impl(impl, call), wants)
+    value, logp, losses, *_ = _forward(*call[:6], *terms, find_impl(impl, call), wanted(hidden, head, bias))
     return value, logp.detach(), losses.detach()
 
 
-def _check_pairs(N, segments, pairs, weight, loss, ref_logp, label_smoothing) -> bool:
+def _check_pairs(N, device, segments, pairs, weight, loss, ref_logp, label_smoothing) -> bool:
     """Whether the loss is of the odds family."""
 
     def refuse(name, wanted, value):
         got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"linear_preference: {name} must be {wanted}, got {got}")
 
+    for name, tensor in (("segments", segments), ("pairs", pairs)):
+        if tensor.device != device:
+            refuse(name, f"on hidden's device {device}", f"it on {tensor.device}")
     if segments.dim() != 1 or segments.dtype != torch.int64 or len(segments) < 1 or (len(segments) == 1 and N):
         refuse("segments", "int64 (S+1,) row offsets from 0 to N", segments)
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
@@ -88,6 +90,13 @@ def _check_pairs(N, segments, pairs, weight, loss, ref_logp, label_smoothing) ->
         refuse("weight", f"floating point (P,) = ({len(pairs)},) or None", weight)
     if loss not in ("ddpo", "dorpo"):
         refuse("loss", "'ddpo' or 'dorpo'", loss)
+    on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would be a host sync
+    if on_cpu and (segments[0] != 0 or segments[-1] != N or (segments.diff() < 0).any()):
+        refuse("segments", f"rising from 0 to N = {N}", segments.tolist())
+    if on_cpu and len(pairs):
+        low, high = pairs.aminmax()
+        if low < 0 or high >= len(segments) - 1:
+            refuse("pairs", f"ids in [0, S) = [0, {len(segments) - 1})", f"{int(low)} to {int(high)}")
     odds = loss == "dorpo"
     if ref_logp is not None and (odds or ref_logp.shape != (len(segments) - 1,)):
         refuse("ref_logp", f"(S,) = ({len(segments) - 1},) or None, and None for 'dorpo'", ref_logp)
@@ -120,7 +129,7 @@ def _forward(
     Where that is the gradient's rows, they come scaled."""
     call = Call(hidden, head, targets, bias, scale, softcap, None, 0.0)
     token_logp, saved = BACKENDS[impl].forward(call, tuple(wants))
-    rows = saved[0] if _keeps_rows(saved, wants) else None
+    rows = saved[0] if _scales_rows(saved, wants) else None
     terms = (segments, pairs, weight, ref_logp, denominator, tokens_per_pair, beta, label_smoothing, odds)
     sum_pairs = _pairs_triton if impl.startswith("triton") else _pairs_torch
     logp, losses, row_c = sum_pairs(token_logp, *terms, rows)
@@ -136,23 +145,26 @@ def _(hidden, head, targets, bias, scale, softcap, segments, pairs, *terms):
     return *(token_logp.new_empty(shape) for shape in ((), S, P, N)), saved
 
 
-def _keeps_rows(saved, wants) -> bool:
-    """Whether linear_logp has formed the rows of hidden's gradient in forward: a frozen head, not the fused way."""
-    return tuple(wants) == (True, False, False) and saved[0].dim() == 2
+def _scales_rows(saved, wants) -> bool:
+    """Whether linear_logp has formed the rows of hidden's gradient in forward (a frozen head, not the fused way). Not
+    in float16: a loss scale comes with backward, without it small coefficients would underflow."""
+    return tuple(wants) == (True, False, False) and saved[0].dim() == 2 and saved[0].dtype != torch.float16
 
 
 def _setup_context(ctx, inputs, output):
     *_, row_c, saved = output
     impl, wants = inputs[-2:]
-    ctx.scaled = _keeps_rows(saved, wants)
+    ctx.scaled = _scales_rows(saved, wants)
     keep(ctx, Call(*inputs[:6], None, 0.0), saved, impl, wants, row_c)
 
 
 def _autograd(ctx, upstream, *_):  # upstream: a scalar
     if upstream is None:
         return (None,) * 17
-    row_c = ctx.saved_tensors[5]
-    of_hidden, of_head, of_bias = gradients(ctx, upstream.expand_as(row_c) if ctx.scaled else row_c * upstream)
+    tensors = ctx.saved_tensors
+    row_c = tensors[5]
+    factor = upstream.expand_as(row_c) if ctx.scaled else row_c * upstream
+    of_hidden, of_head, of_bias = gradients(ctx, tensors, factor)
     return of_hidden, of_head, None, of_bias, *[None] * 13
 
 

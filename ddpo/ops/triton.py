@@ -1,7 +1,8 @@
 """impl 'triton' of linear_logp: the kernels of kernels/, for GPUs. Same signature as ddpo.ops.chunked, and two ways:
 
 * chunked: logits of a few rows by PyTorch's GEMM, one Triton pass over them, a second GEMM: head frozen 2G. Trained
-  4G: forward as fused, backward the same three steps by columns of the vocabulary. Holds one buffer of logits.
+  4G: forward as fused, backward the same three steps by columns of the vocabulary. Holds one buffer of logits and,
+  trained, as much again at most of the head's gradient, and hidden's in float32.
 * fused: Triton alone. Head frozen 3G, trained 4G: backward recomputes the logits, in panels of the vocabulary. Holds
   one panel and hidden's float32 gradient.
 
@@ -48,7 +49,9 @@ def backward(call, saved, upstream, wants: tuple[bool, bool, bool]):
 
 def _path(call, wants) -> "Path":
     name = torch.cuda.get_device_name(call.hidden.device) if call.hidden.is_cuda else "cpu"
-    return Path(*tuned.choice(name, call.hidden.shape[1], call.head.shape[0], wants[1] or wants[2]))
+    return Path(
+        *tuned.choice(name, call.hidden.dtype, int(call.hidden.shape[1]), int(call.head.shape[0]), wants[1] or wants[2])
+    )
 
 
 class Path(NamedTuple):
@@ -100,9 +103,10 @@ class Path(NamedTuple):
         """By columns: lse is known, and each head row's gradient is then one product, written once."""
         (N, D), V = hidden.shape, len(head)
         grad_hidden = hidden.new_zeros((N, D), dtype=torch.float32) if wants[0] else None
-        grad_head = torch.zeros_like(head) if wants[1] else None
-        grad_bias = torch.zeros_like(bias) if wants[2] else None
-        size = kernels.panel_size(max(N, 1), V, 4, 64, int(self.chunk_mib * 2**20))
+        new = torch.empty_like if N else torch.zeros_like
+        grad_head = new(head) if wants[1] else None
+        grad_bias = new(bias) if wants[2] else None
+        size = kernels.panel_size(max(N, D), V, 4, 64, int(self.chunk_mib * 2**20))
         logits = hidden.new_empty(N, size, dtype=torch.float32)
         sums = hidden.new_empty(size if wants[1] else 0, D, dtype=torch.float32)
         for first in range(0, V if N else 0, size):

@@ -17,13 +17,16 @@ def file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpo" / "tuned.json"
 
 
-def key(D: int, V: int, head_trained: bool) -> str:
-    return f"D={D} V={V} head={'trained' if head_trained else 'frozen'}"
+def key(dtype, D: int, V: int, head_trained: bool) -> str:
+    return f"{dtype} D={D} V={V} head={'trained' if head_trained else 'frozen'}"
 
 
-def choice(gpu: str, D: int, V: int, head_trained: bool) -> Choice:
-    """The stored choice for this GPU (by name) and head, or the default."""
-    return Choice(**stored().get(gpu, {}).get(key(D, V, head_trained), {}))
+def choice(gpu: str, dtype, D: int, V: int, head_trained: bool) -> Choice:
+    """The stored choice for this GPU (by name), type and head, or the default."""
+    try:
+        return Choice(**stored().get(gpu, {}).get(key(dtype, D, V, head_trained), {}))
+    except (AttributeError, TypeError) as err:
+        raise ValueError(f"{file()} holds something else ({err}); delete it and run `ddpo tune` again") from None
 
 
 @functools.cache

@@ -1,0 +1,144 @@
+"""The benchmarks' results as Markdown: for the terminal and for README."""
+
+VERSIONS = ("torch", "liger-kernel", "cut-cross-entropy")
+TRAINER = "drop_below 2^-16"  # the trainer's default on a CPU: ddpo.model.DROP_BELOW
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def shown(side: str) -> bool:
+    """Whether a side has a row of its own; the other thresholds are points of the curve."""
+    return "drop_below" not in side or side.endswith(TRAINER)
+
+
+def ops(result: dict) -> str:
+    """Everything: a table a group, and the curve."""
+    parts = []
+    for case in result["cases"]:
+        parts.append(_heading(case))
+        parts += [_group(group, report["sides"]) for group, report in case["groups"].items()]
+        parts += [curve(case)] * _has_curve(case)
+    return "\n\n".join(parts)
+
+
+def _has_curve(case: dict) -> bool:
+    return any(not shown(name) for name in case["groups"]["frozen"]["sides"])
+
+
+def _heading(case: dict) -> str:
+    shape = "N {N:,} rows in {S} sequences, D {D:,}, V {V:,}, {dtype}".format(**case["shape"])
+    groups = case["groups"].values()
+    flops = max(report["machine"]["gflops"][0] for report in groups)
+    seconds = min(report["machine"]["G_seconds"][0] for report in groups)
+    entropy = case["other_arithmetic"]["entropy"]
+    return (
+        f"**{case['name']}**: {shape}, entropy {entropy:.1f} nats; G {seconds:.3g} s, GEMM rate {flops:,.0f} GFLOP/s."
+    )
+
+
+def _group(group: str, sides: dict) -> str:
+    title = group if group == "no gradient" else f"head {group}"
+    rows = []
+    for name, entry in sides.items():
+        if shown(name):
+            rate = f"{entry['gemm_percent'][0]:.0f} %" if "gemm_percent" in entry else ""
+            rows.append([name, time(entry), times(entry), rate, mib(entry), error(entry, "hidden", "head")])
+    return markdown([title, "time, G [20 % 80 %]", "of eager", "of GEMM rate", "peak MiB", "gradient error"], rows)
+
+
+def curve(case: dict) -> str:
+    """What drop_below gains and costs, beside arithmetic that was computed and not timed."""
+    frozen, trained = (case["groups"][group]["sides"] for group in ("frozen", "trained"))
+    rows = []
+    for name in (name for name in frozen if name.startswith("ddpo cpp")):
+        label = name.removeprefix("ddpo cpp, drop_below ").replace("ddpo cpp", "0 (exact)")
+        f, t = frozen[name], trained[name]
+        rows.append([label, time(f), error(f, "hidden"), error(f, "row"), time(t), error(t, "head")])
+    other = case["other_arithmetic"]
+    skipped = f"tiles of 128 x 128 under 2^-12 left out ({100 * other['tiles_skipped']:.0f} % of them)"
+    rows.append([skipped, "", percent(other["tiles"]), "", "", ""])
+    rows.append(["bfloat16 inputs and probabilities, float32 sums", "", percent(other["bf16"]), "", "", ""])
+    errors = ["error of hidden's gradient", "of a row, at most"]
+    return markdown(["drop_below", "frozen, G", *errors, "trained, G", "error of head's gradient"], rows)
+
+
+def ops_readme(result: dict) -> str:
+    """README's block: of each case its groups side by side, of the first also the curve."""
+    parts = []
+    for case in result["cases"]:
+        parts += [_heading(case), _wide({name: report["sides"] for name, report in case["groups"].items()})]
+        parts += [curve(case)] * _has_curve(case)
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in VERSIONS if name in result["versions"])
+    machine = f"{result['machine']['threads']} threads of {result['machine']['cpu']}"
+    parts.append(f"{machine}, {versions}, commit {result['commit']}: `benchmarks/results/ops.json`.")
+    return "\n\n".join(parts)
+
+
+def _wide(groups: dict[str, dict]) -> str:
+    """A row a side, a column or two a group: time in G and over eager's, peak memory where it was measured."""
+    header, columns = [""], []
+    for group, sides in groups.items():
+        header.append(group if group == "no gradient" else f"{group} head")
+        columns.append({name: f"{time(entry)} {times(entry)}".strip() for name, entry in sides.items()})
+        if any("extra_mib" in entry for entry in sides.values()):
+            header.append("MiB")
+            columns.append({name: mib(entry) for name, entry in sides.items()})
+    columns.append({name: error(entry, "hidden", "head") for name, entry in groups["frozen"].items()})
+    names = [name for name in groups["frozen"] if shown(name)]
+    rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
+    return markdown([*header, "gradient error"], rows)
+
+
+def gpu_readme(result: dict) -> str:
+    """README's block of the GPU model: a column a model and head, H100; milliseconds, then MiB."""
+    found = {(r["model"], r["head"], r["side"]): r for r in result["sides"] if r["gpu"] == "H100"}
+    models, heads, names = (list(dict.fromkeys(key[i] for key in found)) for i in range(3))
+    columns = [(model, head) for model in models for head in heads]
+    rows = []
+    for name in names:
+        entries = [found.get((*column, name)) for column in columns]
+        rows.append([name, *("" if e is None else f"{e['ms']:.1f}, {e['peak_mib']:,.0f}" for e in entries)])
+    return markdown(["H100: ms, MiB", *(f"{model}, {head}" for model, head in columns)], rows)
+
+
+def kernels(result: dict) -> str:
+    rows = []
+    for name, entry in result["kernels"].items():
+        middle, low, high = entry["ms"]
+        flop, rate = f"{entry['flop'] / 1e9:,.1f}", f"{entry['gflops'][0]:,.0f} ({entry['gflops_percent'][0]:.0f} %)"
+        moved = f"{entry['bytes'] / 1e6:,.0f}", f"{entry['gbytes'][0]:,.1f} ({entry['gbytes_percent'][0]:.0f} %)"
+        rows.append([name, f"{middle:,.4g} [{low:,.4g} {high:,.4g}]", flop, rate, *moved])
+    table = markdown(["kernel", "ms [20 % 80 %]", "GFLOP", "GFLOP/s (of GEMM)", "MB", "GB/s (of copy)"], rows)
+    shape = "N {rows:,}, D {width:,}, V {vocabulary:,}, {sequences} sequences".format(**result)
+    return (
+        f"{shape}; GEMM {result['gemm_gflops'][0]:,.0f} GFLOP/s, copy {result['copy_gbytes'][0]:,.1f} GB/s\n\n{table}"
+    )
+
+
+# --- cells ------------------------------------------------------------------------------------------------
+
+
+def time(entry: dict) -> str:
+    if "G" not in entry:
+        return "did not run" if "skipped" in entry else ""
+    return "{:.2f} [{:.2f} {:.2f}]".format(*entry["G"])
+
+
+def times(entry: dict) -> str:
+    return f"{entry['of_eager'][0]:.2f}x" if "of_eager" in entry else ""
+
+
+def mib(entry: dict) -> str:
+    return "" if entry.get("extra_mib") is None else f"{entry['extra_mib']:,.0f}"
+
+
+def error(entry: dict, *keys: str) -> str:
+    """The largest of the errors of these."""
+    return percent(max((entry["error"][key] for key in keys if key in entry.get("error", {})), default=None))
+
+
+def percent(x: float | None) -> str:
+    return "" if x is None else f"{100 * x:.2g} %" if x >= 1e-4 else f"{x:.0e}"

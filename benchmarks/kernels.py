@@ -38,7 +38,7 @@ def cpp(case: states.Case, upstream: torch.Tensor) -> dict[str, Kernel]:
     plain = (case.hidden, case.head, case.targets, None, 1.0, None)
     sparse = (*plain, case.segments, DROP_BELOW)
     _, lse, _ = op.linear_logp_fwd(*plain, False)
-    _, _, *kept = op.linear_logp_sparse_fwd(*sparse, True)
+    _, _, *kept, _ = op.linear_logp_sparse_fwd(*sparse, True)
     after = (case.hidden, case.targets, case.segments, upstream, 1.0, *kept)
     few = 2 * D * (kept[3].numel() + S * V + N * V // TAIL_BLOCK)  # kept entries, mean rows, and their use
     return {

@@ -121,7 +121,7 @@ def compile_all(gpu: str, D: int, V: int, softcap: float | None, N: int = 8192, 
 
 def read(gpu: str, name: str, kernel) -> dict:
     """What the binary says of itself."""
-    meta = kernel.metadata
+    meta, assembly = kernel.metadata, kernel.asm.get("ptx") or kernel.asm["amdgcn"]
     figures = {
         "kernel": name,
         "num_warps": meta.num_warps,
@@ -130,6 +130,7 @@ def read(gpu: str, name: str, kernel) -> dict:
         "shared_limit": GPUS[gpu][1] << 10,
         "int64_products": len(re.findall(r"arith.muli .*i64", kernel.asm["ttir"])),
         "has_dot": "tt.dot" in kernel.asm["ttir"],
+        "barriers": len(re.findall(r"\bbar(?:rier)?\.sync|s_barrier", assembly)),
     }
     if GPUS[gpu][0].backend == "cuda":
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

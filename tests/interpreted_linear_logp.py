@@ -153,17 +153,33 @@ def test_slopes_in_place_over_many_blocks(dtype, softcap):
     torch.testing.assert_close(logp.double().cpu(), truth.detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_offsets_past_2_31():
-    """Rows 2^22 apart: from row 512 on, 32 bits would not hold an offset. The memory is never touched elsewhere."""
-    N, D, V, stride = 515, 3, 20, 2**22
-    (hidden, head, bias), targets, upstream = case(N, D, V, BF16)
-    if DEVICE == "cpu":  # the middle of a region: an offset that wraps still lies in it
+def spread_out(x, stride=2**22):
+    """x (N, D) with its rows 2^22 apart: from row 512 on, 32 bits would not hold an offset. The memory is never touched
+    elsewhere, and x lies in its middle: an offset that wraps still lies in it."""
+    N, size = len(x), 2 * len(x) * stride
+    if DEVICE == "cpu":
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # Linux' MAP_NORESERVE, unnamed before Python 3.13
-        memory = torch.frombuffer(mmap.mmap(-1, 2 * 2 * N * stride, flags), dtype=BF16)
+        memory = torch.frombuffer(mmap.mmap(-1, size * x.itemsize, flags), dtype=x.dtype)
     else:
-        memory = torch.zeros(2 * N * stride, dtype=BF16, device=DEVICE)
-    far = memory.as_strided((N, D), (stride, 1), N * stride)
-    far.copy_(hidden)
+        memory = torch.zeros(size, dtype=x.dtype, device=DEVICE)
+    far = memory.as_strided(x.shape, (stride, 1), N * stride)
+    return far.copy_(x)
+
+
+def test_offsets_past_2_31_in_the_row_pass():
+    (hidden, head, _), targets, _ = case(515, 3, 20, F32)
+    found = []
+    for move in (torch.clone, spread_out):
+        z = move(hidden @ head.T)
+        logp, lse = (torch.full((515,), torch.nan, device=DEVICE) for _ in range(2))
+        found.append((kernels.slopes(z, 20, F32, targets, None, 1.0, None, logp, lse).clone(), logp, lse))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_offsets_past_2_31():
+    N, D, V = 515, 3, 20
+    (hidden, head, bias), targets, upstream = case(N, D, V, BF16)
+    far = spread_out(hidden)
     logp, lse = kernels.fwd(far, head, targets, bias, 1.0, None)
     truth = reference.linear_logp(hidden.double(), head.double(), targets, bias.double())
     torch.testing.assert_close(logp.double(), truth, rtol=1e-4, atol=1e-4)

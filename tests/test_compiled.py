@@ -36,6 +36,11 @@ def test_compiled(compiled, gpu):
     assert {row["kernel"] for row in found if row["has_dot"]} == {"_fwd_kernel", "_dz_kernel", "_matmul_kernel"}
 
 
+def test_the_row_pass_in_place_has_its_barrier(compiled):
+    """Where the log-sum-exp is known nothing else in it would ask for one; the interpreter runs without."""
+    assert all(row["barriers"] > 0 for row in compiled if row["kernel"] == "_slopes_kernel")
+
+
 def test_offsets_are_64_bit(compiled):
     """In the IR of every kernel with a grid of programs, some product is taken in 64 bits before it moves a pointer."""
     assert all(row["int64_products"] > 0 for row in compiled if row["kernel"] != "_preference_kernel"), compiled

@@ -16,9 +16,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import measure, states, tables
-
-DROP_BELOW = 2.0**-16
-TAIL_BLOCK = 1024  # ids that share a mean row under drop_below
+from ddpo.model import DROP_BELOW
+from ddpo.ops.cpp import TAIL_BLOCK
 
 
 class Kernel(NamedTuple):

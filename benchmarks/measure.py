@@ -15,6 +15,7 @@ import torch
 
 from ddpo.files import write_json
 from ddpo.log import card
+from ddpo.tune import event_ms
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("liger-kernel", "cut-cross-entropy")
@@ -33,12 +34,7 @@ def interleaved(sides: dict[str, Callable], rounds: int, device: torch.device, s
 
 def seconds(run: Callable, device: torch.device) -> float:
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
+        return event_ms(run) / 1000
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -122,7 +122,7 @@ Forward linear_logp_sparse_fwd(const at::Tensor& hidden, const at::Tensor& head,
     }
     ById<scalar_t> by_id;
     bool listing = head_trained;
-    std::vector<std::vector<Entry>> lists;  // of the block under way: a task of kGroup rows each
+    std::vector<std::vector<Entry>> lists;  // of the block under way: a task of kTask rows each
     scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
     const auto one_chunk = [&](int64_t v0, const at::Tensor& block, int64_t row0, const at::Tensor&, at::Tensor& z) {
       const int64_t n = z.size(0), B = z.size(1), tasks = (n + kTask - 1) / kTask;

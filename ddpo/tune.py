@@ -35,10 +35,9 @@ def tune(cfg: TuneConfig) -> dict:
         fastest = min(times, key=times.get)
         found[tuned.key(hidden.dtype, D, V, head_trained)] = fastest._asdict()
         for choice, ms in times.items():
+            name = choice.path if choice.path == "fused" else f"{choice.path} {choice.chunk_mib} MiB"
             mark = " <- fastest" if choice == fastest else ""
-            log.console.print(
-                f"{tuned.key(hidden.dtype, D, V, head_trained)}: {choice.path} {choice.chunk_mib} MiB {ms:.2f} ms{mark}"
-            )
+            log.console.print(f"{tuned.key(hidden.dtype, D, V, head_trained)}  {name:<17}{ms:8.2f} ms{mark}")
     remember(gpu, found)
     return found
 

@@ -79,12 +79,12 @@ def _score(token_ptr, segments_ptr, ref_ptr, s, beta, ODDS: tl.constexpr, BLOCK_
     return logp, num_tokens, score, slope
 
 
-@triton.jit(do_not_specialize=["S", "N"])
+@triton.jit(do_not_specialize=["S"])
 def _preference_kernel(
     token_ptr, segments_ptr, entries_ptr, offsets_ptr, pairs_ptr, weight_ptr, ref_ptr,  # data in
     denominator_ptr, tokens_per_pair_ptr,
     logp_ptr, loss_ptr, c_ptr, row_c_ptr, rows_ptr,  # data out
-    S, N, D, rows_stride_n, beta, smooth,  # sizes, strides, factors
+    S, D, rows_stride_n, beta, smooth,  # sizes, strides, factors
     ODDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,  # constants
 ):  # fmt: skip
     """Program f(s) + i owns tile i of sequence s, f(s) = s + segments[s] // BLOCK_N: rising by at least 1 and by
@@ -144,7 +144,7 @@ def _preference_kernel(
 # --- configurations ------------------------------------------------------------------------
 
 
-def _config(N: int, scale_rows: bool) -> dict:
+def _config(scale_rows: bool) -> dict:
     """Rows of a program: few where it moves (rows, D), so that a small batch fills the GPU; many where it does not."""
     if INTERPRETED:
         return {"BLOCK_N": 4, "BLOCK_D": 8, "BLOCK_T": 4}
@@ -169,11 +169,11 @@ def fwd(
     S, N, P = len(segments) - 1, len(token_logp), len(pairs)
     logp, losses, c, row_c = (token_logp.new_empty(n) for n in (S, P, S, N))
     if S:
-        cfg = _config(N, rows is not None)
+        cfg = _config(rows is not None)
         D, stride = (0, 0) if rows is None else (rows.shape[1], rows.stride(0))
         entries, offsets = pair_lists(pairs, S)
         _preference_kernel[(S + triton.cdiv(N, cfg["BLOCK_N"]),)](
             token_logp, segments, entries, offsets, pairs, weight, ref_logp, denominator, tokens_per_pair,
-            logp, losses, c, row_c, rows, S, N, D, stride, beta, smooth, ODDS=odds, **cfg,
+            logp, losses, c, row_c, rows, S, D, stride, beta, smooth, ODDS=odds, **cfg,
         )  # fmt: skip
     return logp, losses, c, row_c

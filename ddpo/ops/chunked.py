@@ -70,13 +70,17 @@ def backward(call, saved, upstream, wants: tuple[bool, bool, bool]):
 
 
 def chunks(N: int, head: torch.Tensor) -> list[slice]:
-    """Row slices of about the byte budget; never a tail of one row (a one-row product has other bits)."""
+    """Row slices whose logits take about the byte budget."""
     acc = opmath(head.dtype)
     if head.is_cuda:
         budget = GPU_CHUNK_BYTES
     else:
         budget = CPU_CHUNK_BYTES if head.dtype == acc else HALF_CHUNK_BYTES
-    size = max(2, budget // (len(head) * acc.itemsize))
+    return row_slices(N, max(2, budget // (len(head) * acc.itemsize)))
+
+
+def row_slices(N: int, size: int) -> list[slice]:
+    """Of `size` rows each; never a tail of one row (a one-row product has other bits)."""
     starts = list(range(0, N, size))
     if len(starts) > 1 and N - starts[-1] == 1:
         starts.pop()

@@ -48,7 +48,13 @@ def _load() -> bool:
     """Whether the extension was built; registers torch.ops.ddpo and its fake kernels."""
     if importlib.util.find_spec("ddpo._C") is None:
         return False
-    import ddpo._C  # noqa: F401
+    try:
+        import ddpo._C  # noqa: F401
+    except ImportError as err:
+        raise ImportError(
+            f"ddpo._C was built against another torch than {torch.__version__} ({err}); reinstall ddpo with "
+            "--no-build-isolation"
+        ) from err
 
     fakes = {"fwd": _fake_fwd, "bwd": _fake_bwd, "sparse_fwd": _fake_sparse_fwd, "sparse_bwd": _fake_sparse_bwd}
     for name, shapes in fakes.items():

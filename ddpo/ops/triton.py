@@ -11,14 +11,13 @@ Where no gradient is wanted the two are one: 1G, no logits. Nothing here waits f
 """
 
 import importlib.util
-import itertools
 import os
 from typing import NamedTuple
 
 import torch
 
 from ddpo.ops import tuned
-from ddpo.ops.chunked import deferred
+from ddpo.ops.chunked import deferred, row_slices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MISSING = (
@@ -128,14 +127,12 @@ class Path(NamedTuple):
         pitch = -(-V // 64) * 64  # GEMMs want aligned rows, and the rows of dz start where those of the logits do
         size = max(2, int(self.chunk_mib * 2**20) // (4 * pitch))
         size -= size % 128 if size > 128 else 0  # whole tiles
-        starts = list(range(0, N, size))
-        if len(starts) > 1 and N - starts[-1] == 1:
-            starts.pop()
-        parts = list(itertools.pairwise([*starts, N]))
-        most = max((b - a for a, b in parts), default=0)
+        parts = row_slices(N, size)
+        most = max((part.stop - part.start for part in parts), default=0)
         logits, sums = (hidden.new_empty(most, width, dtype=torch.float32) for width in (pitch, D))
-        for a, b in parts:
-            yield slice(a, b), logits[: b - a], sums[: b - a]
+        for part in parts:
+            n = part.stop - part.start
+            yield part, logits[:n], sums[:n]
 
 
 def _arguments(call) -> tuple:

@@ -2,9 +2,10 @@
 
 import functools
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
+
+from ddpo.files import cache_folder
 
 
 class Choice(NamedTuple):
@@ -14,7 +15,7 @@ class Choice(NamedTuple):
 
 def file() -> Path:
     """Where `ddpo tune` keeps its choices."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpo" / "tuned.json"
+    return cache_folder() / "tuned.json"
 
 
 def key(dtype, D: int, V: int, head_trained: bool) -> str:

@@ -53,7 +53,7 @@ def _case(name: str, hidden, head, targets, sequences: int, device, dtype) -> Ca
 def real(rows: int, sequences: int, device: torch.device, dtype: torch.dtype) -> Case:
     """Final hidden states of SmolLM2 over people's and models' stories, two stories a prompt; the next tokens."""
     from ddpo.data.tokens import ChatTokens
-    from ddpo.model import find_model, load_model
+    from ddpo.loading import find_model, load_model
 
     tokens = ChatTokens.load(find_model(MODEL))
     model = load_model(MODEL, None, "float32", device)

@@ -13,7 +13,8 @@ from ddpo.data.groups import Group, parse_group, read_jsonl
 from ddpo.data.tokens import ChatTokens
 from ddpo.encoders import load_encoder
 from ddpo.files import write_json
-from ddpo.model import Policy, find_model, load_model
+from ddpo.loading import find_model, load_model
+from ddpo.model import Policy
 
 MEASURES = {  # name -> (label, decimals)
     "semantic_diversity": ("semantic diversity", 3),

@@ -11,7 +11,7 @@ from ddpo.config import GenerateConfig
 from ddpo.data.groups import Prompt, read_prompts, write_jsonl
 from ddpo.data.tokens import ChatTokens
 from ddpo.files import new_file
-from ddpo.model import find_model, load_model
+from ddpo.loading import find_model, load_model
 
 
 def generate(cfg: GenerateConfig) -> Path:

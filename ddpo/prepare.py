@@ -17,7 +17,7 @@ from ddpo.data.pairs import all_pairs, divpo_pairs, gap_pairs
 from ddpo.data.tokens import ChatTokens
 from ddpo.encoders import load_encoder
 from ddpo.files import new_folder
-from ddpo.model import find_model
+from ddpo.loading import find_model
 
 
 def prepare(cfg: PrepareConfig) -> Path:

@@ -13,11 +13,12 @@ from ddpo import checkpoint, distributed, log
 from ddpo.config import TrainConfig, run_command
 from ddpo.data.prepared import Prepared
 from ddpo.data.tokens import ChatTokens
-from ddpo.model import Policy, add_lora, find_model, load_model, pick_drop_below
+from ddpo.loading import add_lora, find_model, load_model
+from ddpo.model import Policy, pick_drop_below
 from ddpo.objective import METRICS, needs_reference, objective
-from ddpo.plan import Plan, lr_at
 from ddpo.refcache import reference_logp
 from ddpo.run import OnTheWay, Stop, begin_run, check_run, graceful
+from ddpo.schedule import Schedule, lr_at
 
 
 @dataclass
@@ -30,7 +31,7 @@ class State:
     tokenizer: object
     params: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.AdamW
-    plan: Plan
+    schedule: Schedule
     ref_logp: torch.Tensor | None  # (R,)
     step: int
 
@@ -51,14 +52,16 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
         begin_run(cfg, run)
     journal = log.Journal(run / "metrics.jsonl", state.step) if rank == 0 else None
     with graceful(stop or Stop()) as stop, log.progress() as bar:
-        task = bar.add_task(cfg.method, total=state.plan.num_steps, completed=state.step, note="", visible=rank == 0)
+        task = bar.add_task(
+            cfg.method, total=state.schedule.num_steps, completed=state.step, note="", visible=rank == 0
+        )
         pending = None  # metrics are read one step late: no device sync between a step's launch and the next
-        while state.step < state.plan.num_steps:
+        while state.step < state.schedule.num_steps:
             latest = step(state)
             note = report(pending, journal, latest["start"])
             pending = latest
             bar.update(task, completed=state.step, note=note)
-            ends = distributed.any_of_us(stop.requested) or state.step == state.plan.num_steps  # asked once, by all
+            ends = distributed.any_of_us(stop.requested) or state.step == state.schedule.num_steps  # asked once, by all
             if ends or (cfg.save_every and state.step % cfg.save_every == 0):
                 bar.update(task, note=report(pending, journal))
                 pending = None
@@ -67,9 +70,9 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
                 break
     if rank == 0:
         journal.close()
-    if state.step < state.plan.num_steps:
+    if state.step < state.schedule.num_steps:
         if rank == 0:
-            log.console.print(f"stopped at step {state.step} of {state.plan.num_steps}; go on with --resume")
+            log.console.print(f"stopped at step {state.step} of {state.schedule.num_steps}; go on with --resume")
         raise SystemExit(130)
     if rank == 0:
         path = state.policy.export(run, state.tokenizer, cfg.adapter)
@@ -83,7 +86,7 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
     device = distributed.device()
     data = Prepared(cfg.data)
     tokens = check_tokenizer(cfg, data)
-    plan = Plan(data, cfg)
+    schedule = Schedule(data, cfg)
     model = load_model(cfg.model, cfg.adapter, check_dtype(cfg), device)
     if cfg.lora:
         model = add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.seed)
@@ -92,22 +95,22 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
     policy = Policy(model, pick_drop_below(cfg.drop_below, device, model.dtype))
     ref_logp = None
     if needs_reference(cfg.method):
-        ref_logp = reference_logp(policy, data, plan.forwarded_responses(), cfg.micro_tokens, device)
+        ref_logp = reference_logp(policy, data, schedule.forwarded_responses(), cfg.micro_tokens, device)
     params = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     at = checkpoint.load_last(run, params, optimizer, data.manifest["content_hash"])
     policy.train()
-    return State(cfg, rank, world, device, policy, tokens.tokenizer, params, optimizer, plan, ref_logp, at)
+    return State(cfg, rank, world, device, policy, tokens.tokenizer, params, optimizer, schedule, ref_logp, at)
 
 
 def step(state: State) -> dict:
     """One optimiser step over all micro-batches of all processes. Its metrics stay on the device."""
     start = time.perf_counter()
     torch.manual_seed(int(np.random.SeedSequence([state.cfg.seed, state.step, state.rank]).generate_state(1)[0]))
-    totals = state.plan.totals(state.step)
+    totals = state.schedule.totals(state.step)
     sums = dict.fromkeys(("loss", "pairs", *METRICS[state.cfg.method]), torch.zeros((), dtype=torch.float64))
     num_tokens = 0
-    for batch in state.plan.batches(state.step, state.rank, state.world):
+    for batch in state.schedule.batches(state.step, state.rank, state.world):
         batch = batch.to(state.device)
         ref_logp = None if state.ref_logp is None else state.ref_logp[batch.responses]
         share, metrics = objective(state.cfg, state.policy(batch), batch, ref_logp, totals)
@@ -116,12 +119,12 @@ def step(state: State) -> dict:
             sums[name] = sums[name] + values.sum(dtype=torch.float64)
         num_tokens += len(batch.input_ids)
     sums["tokens"] = torch.tensor(float(num_tokens), dtype=torch.float64)
-    lr = lr_at(state.step, state.plan.num_steps, state.cfg)
+    lr = lr_at(state.step, state.schedule.num_steps, state.cfg)
     norm = update(state, lr)
     state.step += 1
     return {
         "step": state.step,
-        "epoch": state.step / state.plan.steps_per_epoch,
+        "epoch": state.step / state.schedule.steps_per_epoch,
         "learning_rate": lr,
         "num_pairs": totals.num_pairs,
         "start": start,
@@ -166,7 +169,7 @@ def report(metrics: dict | None, journal: log.Journal | None, until: float | Non
 
 def save(state: State, run: Path) -> None:
     if state.rank == 0:
-        data_hash = state.plan.data.manifest["content_hash"]
+        data_hash = state.schedule.data.manifest["content_hash"]
         checkpoint.save(run, state.step, state.params, state.optimizer, data_hash, state.cfg.keep_checkpoints)
     distributed.barrier()
 

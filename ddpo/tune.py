@@ -7,7 +7,7 @@ import torch
 from ddpo import log
 from ddpo.config import TuneConfig
 from ddpo.files import write_json
-from ddpo.model import head_shape
+from ddpo.loading import head_shape
 from ddpo.ops import triton, tuned
 from ddpo.ops.linear_logp import Call
 

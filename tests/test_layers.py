@@ -13,12 +13,21 @@ FLOORS = [  # a file imports its own floor or lower
     {"reference", "files", "_C"},
     {"ops"},
     {"losses", "fused", "deviation", "metrics"},
-    {"data", "encoders", "model", "refcache", "checkpoint", "log", "config", "distributed", "objective", "plan", "run"},
+    {
+        *("data", "encoders", "loading", "attention", "layers", "model", "refcache", "checkpoint", "log", "config"),
+        *("distributed", "objective", "schedule", "passes", "run"),
+    },
     {"train", "generate", "evaluate", "prepare", "tune"},
     {"demo", "cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-HOMES = {"triton": ("kernels/",), "transformers": ("ddpo/model", "ddpo/encoders", "ddpo/data/tokens", "ddpo/generate")}
+HOMES = {
+    "triton": ("kernels/",),
+    "transformers": (
+        *("ddpo/loading", "ddpo/attention", "ddpo/layers"),
+        *("ddpo/encoders", "ddpo/data/tokens", "ddpo/generate"),
+    ),
+}
 
 
 def files(*folders, ending="*.py"):

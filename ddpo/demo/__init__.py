@@ -13,7 +13,7 @@ from ddpo.data.groups import parse_group, read_jsonl
 from ddpo.data.prepared import Prepared
 from ddpo.evaluate import evaluate
 from ddpo.generate import generate
-from ddpo.model import PACKAGED
+from ddpo.loading import PACKAGED
 from ddpo.prepare import prepare
 from ddpo.train import train
 

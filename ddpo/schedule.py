@@ -10,7 +10,7 @@ from ddpo.data.prepared import Prepared
 from ddpo.objective import Totals, weight_zero_is_zero
 
 
-class Plan:
+class Schedule:
     """Items are pairs, or responses under SFT. num_steps; totals(step); batches(step, rank, world)."""
 
     def __init__(self, data: Prepared, cfg: TrainConfig):

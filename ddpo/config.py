@@ -20,6 +20,7 @@ class _Checked:
 
     _POSITIVE = (
         *("max_pairs", "max_length", "epochs", "batch_size", "micro_tokens", "lr", "beta", "lora_r", "lora_alpha"),
+        "eval_every",
         *(
             "keep_checkpoints",
             "max_steps",
@@ -143,9 +144,11 @@ class TrainConfig(_Checked):
     epochs: int = 1
     """Passes over the pairs (SFT: over the responses)."""
     batch_size: int = 8
-    """Pairs (SFT: responses) of an optimiser step, over all processes."""
+    """Most pairs (SFT: responses) of an optimiser step, over all processes. Pairs that share responses stay together:
+    where more than this hang together (--pairs all), they are a step."""
     micro_tokens: int = 4096
-    """Most packed tokens of one forward pass; a step's batch is split to fit and its gradients are summed."""
+    """Most packed tokens held at once; a step's batch is split to fit and its gradients are summed. Pairs that hang
+    together and do not fit go in two passes: log-probs first, then forward and backward part by part."""
     forward_zero_weight: bool = False
     """Forward pairs of weight 0 too (their gradient is zero either way): slower, metrics over all pairs."""
     lr: float = 5e-6
@@ -177,6 +180,28 @@ class TrainConfig(_Checked):
     under bfloat16 arithmetic's; 0 in float64, on GPUs and without the C++ kernels."""
     seed: int = 0
     """Seed of data order, adapter and dropout."""
+    autocast: Literal["auto", "off", "bfloat16"] = "auto"
+    """Type of the matrix products; auto: bfloat16 on GPUs that have it unless --dtype is given, else the weights'."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input alone and compute the layer again in backward: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile the layers: a few percent faster, minutes before the first step."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's norm, rotary and MLP kernels; auto: on GPUs where liger-kernel is installed."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Several processes: a copy of the weights in each (ddp) or a share (fsdp); auto: ddp for LoRA, fsdp for all
+    weights."""
+    deterministic: bool = False
+    """The same bits on every run on a GPU too, and so after --resume; slower. On CPUs always."""
+    max_skips: int = 10
+    """Steps of a run that may be skipped because loss or gradient is not finite; one more ends it. What they held is
+    written to skipped.jsonl."""
+    eval_data: str | None = None
+    """Prepared folder whose loss is measured while training (`ddpo prepare prepared/heldout.jsonl`)."""
+    eval_every: int = 50
+    """Steps between such measurements; the first before training."""
+    track: tuple[str, ...] = ()
+    """Where metrics are sent besides metrics.jsonl: any of accelerate's trackers, tensorboard, wandb, trackio, ..."""
     save_every: int = 50
     """Steps between checkpoints; 0: none but at the end or when stopped."""
     keep_checkpoints: int = 2
@@ -184,7 +209,7 @@ class TrainConfig(_Checked):
     max_steps: int | None = None
     """Stop after this many steps; the schedule of the learning rate is cut to it."""
     resume: bool = False
-    """Go on from the run folder's last checkpoint."""
+    """Go on from the run folder's last whole checkpoint; a run that has not begun is begun."""
 
 
 @dataclass(frozen=True, kw_only=True)

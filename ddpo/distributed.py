@@ -1,9 +1,16 @@
-"""One process or many under torchrun: who I am, and sums over all of us."""
+"""One process or many under torchrun: who I am, what wraps the policy, and what all of us do together."""
 
 import os
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 def start() -> tuple[int, int]:
@@ -12,7 +19,7 @@ def start() -> tuple[int, int]:
     if world > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
-            dist.init_process_group("nccl", device_id=device())
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device())  # gloo: to agree without the GPU
         else:
             dist.init_process_group("gloo")
     return (dist.get_rank(), world) if dist.is_initialized() else (0, 1)
@@ -29,25 +36,73 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def all_reduce(tensors: list[torch.Tensor]) -> None:
-    """Sums each tensor over all processes, in place: one collective for all of one dtype."""
+# --- the policy over several processes --------------------------------------------------------------------
+
+
+def wrap(policy: nn.Module, how: str) -> nn.Module:
+    """The policy as each process trains it: under 'ddp' a copy in each, under 'fsdp' a share of every weight in each
+    (layer by layer; embedding, final norm and head stay together while the policy runs). Both average gradients."""
     if not dist.is_initialized():
-        return
-    for dtype in sorted({t.dtype for t in tensors}, key=str):
-        same = [t for t in tensors if t.dtype == dtype]
-        flat = torch.cat([t.reshape(-1) for t in same])
-        dist.all_reduce(flat)
-        for t, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
-            t.copy_(part.view_as(t))
+        return policy
+    if how == "ddp":
+        ids = [device()] if device().type == "cuda" else None
+        return DistributedDataParallel(policy, device_ids=ids, broadcast_buffers=False, find_unused_parameters=False)
+    for layer in policy.layers():
+        fully_shard(layer)
+    return fully_shard(policy)
+
+
+def unwrap(policy: nn.Module) -> nn.Module:
+    return policy.module if isinstance(policy, DistributedDataParallel) else policy
+
+
+def is_sharded(policy: nn.Module) -> bool:
+    return isinstance(policy, FSDPModule)
+
+
+def sync_gradients(policy: nn.Module, now: bool) -> None:
+    """Whether the backward of the next forward sums the copies' gradients. Shares are always summed: whole gradients
+    would not fit."""
+    if isinstance(policy, DistributedDataParallel):
+        policy.require_backward_grad_sync = now  # what its no_sync() sets
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, put together where each process holds a share; then all must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# --- together ---------------------------------------------------------------------------------------------
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums the tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def any_of_us(flag: bool) -> bool:
     """Whether the flag is true in any process; the same answer in all."""
+    return bool(all_reduce(torch.tensor(float(flag))) > 0)
+
+
+def from_first(value: T) -> T:
+    """The first process's value, in all."""
     if not dist.is_initialized():
-        return flag
-    total = torch.tensor(float(flag), device=device())
-    dist.all_reduce(total)
-    return bool(total > 0)
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all(value: T) -> list[T]:
+    """Every process's value, by rank, in all."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:

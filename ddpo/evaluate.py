@@ -8,13 +8,13 @@ from rich.table import Table
 
 from ddpo import distributed, log, metrics
 from ddpo.config import EvaluateConfig
-from ddpo.data.batches import pack, split_by_tokens
 from ddpo.data.groups import Group, parse_group, read_jsonl
 from ddpo.data.tokens import ChatTokens
 from ddpo.encoders import load_encoder
 from ddpo.files import write_json
 from ddpo.loading import find_model, load_model
 from ddpo.model import Policy
+from ddpo.passes import each_logp
 
 MEASURES = {  # name -> (label, decimals)
     "semantic_diversity": ("semantic diversity", 3),
@@ -106,7 +106,6 @@ class _Likelihood:
         self.tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
         self.policy = Policy(load_model(cfg.model, None, "auto", self.device))
 
-    @torch.inference_mode()
     def __call__(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
         lists = _TokenLists([], [])
         for group in groups:
@@ -117,10 +116,9 @@ class _Likelihood:
         num_tokens = np.array([len(ids) for ids in lists.responses])
         length = num_tokens + np.array([len(ids) for ids in lists.prompts])
         logp = np.empty(len(length))
-        batches = list(split_by_tokens(list(np.arange(len(length))[:, None]), length, MICRO_TOKENS))
-        for responses in log.track(batches, "log-probs", len(batches)):
-            batch = pack(lists, np.array(responses)).to(self.device)
-            logp[responses] = self.policy(batch).double().cpu().numpy()
+        found = each_logp(self.policy, lists, np.arange(len(length)), length, MICRO_TOKENS, self.device)
+        for responses, values in log.track(found, "log-probs", len(length), lambda found: len(found[0])):
+            logp[responses] = values
         return logp, num_tokens
 
 

@@ -60,6 +60,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
+def pick_autocast(name: str, dtype: str, device: torch.device) -> torch.dtype | None:
+    """The setting of torch.autocast, None: off. 'auto': bfloat16 on a GPU that has it where dtype is 'auto' too."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if name == "bfloat16" or (name == dtype == "auto" and on_gpu) else None
+
+
 def head_shape(name: str) -> tuple[int, int]:
     """(V, D) of a model's head, from its config alone."""
     config = AutoConfig.from_pretrained(find_model(name)).get_text_config()

@@ -1,19 +1,15 @@
-"""What a person and a program see of a run: progress bars, metrics.jsonl, the run card."""
+"""The console, progress bars, and the run card."""
 
-import json
-import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from ddpo.files import new_file
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -33,42 +29,13 @@ def progress() -> Progress:
     return Progress(*columns, console=console)
 
 
-def track(items: Iterable, label: str, total: int) -> Iterator:
-    """The items, with a bar."""
+def track(items: Iterable, label: str, total: int, size: Callable = lambda item: 1) -> Iterator:
+    """The items, with a bar that each moves on by its size."""
     with progress() as bar:
         task = bar.add_task(label, total=total, note="")
         for item in items:
             yield item
-            bar.advance(task)
-
-
-class Journal:
-    """metrics.jsonl: a line a step, each step once."""
-
-    def __init__(self, path: Path, last_step: int):
-        """Keeps the lines of steps up to last_step (what a killed run wrote after its last checkpoint goes)."""
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= last_step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError):  # the torn last line of a killed run
-                    break
-        with new_file(path) as draft:
-            draft.write_text("".join(kept))
-        self._file = path.open("a", buffering=1)
-
-    def write(self, record: dict) -> None:
-        """Floats with eight digits; one that is not finite as null."""
-        self._file.write(json.dumps({k: _short(v) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _short(value: float) -> float | None:
-    return float(f"{value:.8g}") if math.isfinite(value) else None
+            bar.advance(task, size(item))
 
 
 def _commit() -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ddpo.attention  # noqa: F401  registers ddpo_packed
-from ddpo.data.batches import Batch, pack
+from ddpo.data.batches import Pack, pack
 from ddpo.files import new_folder
 from ddpo.ops import cpp, linear_logp, sequence_sum
 
@@ -33,12 +33,13 @@ class Policy(nn.Module):
     Body and head run inside one forward, so that a wrapper around the module sees every trained weight.
     """
 
-    def __init__(self, model, drop_below: float = 0.0):
-        """drop_below: see linear_logp. Raises ValueError for a model whose head is not a plain linear layer, or that
-        cannot be packed."""
+    def __init__(self, model, drop_below: float = 0.0, autocast: torch.dtype | None = None):
+        """drop_below: see linear_logp. autocast: dtype of the matrix products, None: the weights'. Raises ValueError
+        for a model whose head is not a plain linear layer, or that cannot be packed."""
         super().__init__()
         self.model = model
         self.drop_below = drop_below
+        self.autocast = autocast
         if type(self.causal.get_output_embeddings()) is not nn.Linear:
             raise ValueError(
                 f"the head of the model is {type(self.causal.get_output_embeddings()).__name__}; wanted a plain "
@@ -60,13 +61,16 @@ class Policy(nn.Module):
         alone = torch.zeros(2, dtype=torch.float64, device=device)
         for i, sequence in enumerate(ids):
             tokens = torch.from_numpy(sequence).to(device)
-            logp = self.causal(tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
+            with self._precision(device):
+                logits = self.causal(tokens[None], use_cache=False).logits[0]
+            logp = logits.double().log_softmax(-1)
             alone[i] = logp[:-1].gather(1, tokens[1:, None]).sum()
         self.causal.set_attn_implementation("ddpo_packed")
         source = SimpleNamespace(prompt_ids=lambda r: ids[r][:1], response_ids=lambda r: ids[r][1:])
-        packed = self(pack(source, np.arange(2)).to(device)).double()
+        packed = self(pack(source, range(2)).to(device))[0].double()
         error = float(((packed - alone) / alone).abs().max())
-        if not error < (1e-4 if self.causal.dtype in (torch.float32, torch.float64) else 3e-2):
+        exact = self.causal.dtype in (torch.float32, torch.float64) and self.autocast is None
+        if not error < (1e-4 if exact else 3e-2):
             raise ValueError(
                 f"{type(self.causal).__name__} gives other log-probs packed than alone (relative error {error:.1e}): "
                 "its layers see across sequences, or its logits are scaled in a way that is not known; not supported"
@@ -76,27 +80,39 @@ class Policy(nn.Module):
     def has_adapter(self) -> bool:
         return hasattr(self.model, "peft_config")
 
-    def forward(self, batch: Batch) -> Tensor:
-        """(K,) summed log-probs of the batch's segments, nats: its S responses, then their prompts if it has them."""
+    def layers(self) -> list[nn.Module]:
+        """The blocks of the body, each with its attention and its feed-forward part."""
+        names = set(self.causal._no_split_modules or ())
+        return [module for module in self.causal.modules() if type(module).__name__ in names]
+
+    def forward(self, pack: Pack) -> Tensor:
+        """(k, S) summed log-probs of the pack's responses, nats; a second row of their prompts if it scores them."""
+        with self._precision(pack.input_ids.device):
+            return self._forward(pack)
+
+    def _precision(self, device: torch.device):
+        return torch.autocast(device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+    def _forward(self, pack: Pack) -> Tensor:
         causal = self.causal
         hidden = causal.get_decoder()(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
+            input_ids=pack.input_ids[None],
+            position_ids=pack.position_ids[None],
             use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens.tolist(),
+            cu_seq_lens_q=pack.cu_seqlens.tolist(),
         ).last_hidden_state[0]  # (T, D)
         head, config = causal.get_output_embeddings(), causal.config
         logp = linear_logp(
-            hidden[batch.rows],  # (N, D)
+            hidden[pack.rows],  # (N, D)
             head.weight,
-            batch.targets,
+            pack.targets,
             bias=head.bias,
             scale=_logit_scale(config),
             softcap=getattr(config, "final_logit_softcapping", None),
-            segments=batch.segments,
+            segments=pack.segments,
             drop_below=self.drop_below,
         )  # (N,)
-        return sequence_sum(logp, batch.segments)
+        return sequence_sum(logp, pack.segments).view(-1, len(pack.cu_seqlens) - 1)
 
     @contextmanager
     def reference(self):

@@ -42,13 +42,13 @@ def weight_zero_is_zero(cfg: TrainConfig) -> bool:
 def objective(
     cfg: TrainConfig, logp: Tensor, batch: Batch, ref_logp: Tensor | None, totals: Totals
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The batch's share of the step's loss (a scalar: shares add up over micro-batches and processes), and metrics,
-    a value per pair each.
+    """The batch's share of the step's loss (a scalar: shares add up over batches and processes), and metrics, a value
+    per pair each.
 
-    logp (K,), ref_logp (S,) or None.
+    logp (k, S or more): responses, then prompts; ref_logp (S,) or None.
     """
-    S = len(batch.responses)
-    sequence, num_tokens = logp[:S], batch.num_tokens[:S]
+    logp = logp[:, : len(batch.responses)]  # (k, S)
+    sequence, num_tokens = logp[0], batch.num_tokens[0]  # (S,)
     if cfg.method == "sft":
         return losses.sft(sequence).sum() / totals.num_tokens, {}
     pairs, weight = batch.pairs, batch.weight.to(logp.dtype)
@@ -64,7 +64,7 @@ def objective(
     else:
         nll = {}
         if cfg.nll_tokens == "all":
-            nll = {"nll_logp": sequence + logp[S:], "nll_num_tokens": num_tokens + batch.num_tokens[S:]}
+            nll = {"nll_logp": logp.sum(0), "nll_num_tokens": batch.num_tokens.sum(0)}
         if cfg.nll_mean == "tokens":
             nll["tokens_per_pair"] = totals.num_tokens / totals.num_pairs
         if cfg.method == "orpo":

@@ -1,53 +1,86 @@
 """Log-probs of the reference policy, once per response, kept with the prepared folder for all epochs and runs."""
 
 import hashlib
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from ddpo import distributed, log
-from ddpo.data.batches import pack, split_by_tokens
 from ddpo.data.prepared import Prepared
-from ddpo.files import new_file
+from ddpo.files import new_file, sha256
 from ddpo.model import Policy
+from ddpo.passes import each_logp
+
+SAVE_EVERY_S = 60.0  # what a kill can lose
+
+
+def identity(policy: Policy, data: Prepared, adapter: str | None) -> dict[str, str]:
+    """What reference log-probs depend on: the cache's key, in parts that can be told apart.
+
+    Of a policy not yet wrapped. Neither the weights of pairs nor the adapter in training touch it; `adapter` is the
+    one merged before, which the reference holds too.
+    """
+    files = data.manifest["files"]
+    tokens = files["groups"]["sha256"] + files["responses"]["sha256"]
+    return {
+        "weights": policy.base_fingerprint(),
+        "adapter": sha256(Path(adapter) / "adapter_model.safetensors") if adapter else "none",
+        "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
+        "settings": f"weights {policy.causal.dtype}, autocast {policy.autocast}",
+    }
 
 
 def reference_logp(
-    policy: Policy, data: Prepared, needed: np.ndarray, micro_tokens: int, device: torch.device
+    policy: nn.Module, data: Prepared, needed: np.ndarray, max_tokens: int, device: torch.device, parts: dict[str, str]
 ) -> torch.Tensor:
-    """(R,) float64 nats, nan where neither needed nor cached. Only what the cache lacks is computed.
+    """(R,) float64 nats, nan where neither needed nor cached. Only what the cache lacks is computed, by all processes
+    together; what is done is on the disk once a minute.
 
-    The cache's key is a hash of base weights and tokens: settings, weights of pairs and adapters do not touch it.
+    Args: policy, wrapped or not; needed (n,) responses; max_tokens of a pack; parts: see `identity`.
     """
-    rank, world = distributed.start()
-    path = data.folder / f"reference-{_key(policy, data)}.safetensors"
-    known = _read(path, len(data.responses))
+    path = data.folder / f"reference-{hashlib.sha256(str(sorted(parts.items())).encode()).hexdigest()[:16]}.safetensors"
+    known = load_file(path)["logp"].copy() if path.exists() else np.full(len(data.responses), np.nan)
     missing = needed[np.isnan(known[needed])]
-    if len(missing):
-        length = data.num_prompt_tokens + data.num_tokens
-        order = missing[np.argsort(length[missing], kind="stable")]
-        batches = [order[i] for i in split_by_tokens(list(order[:, None]), length, micro_tokens)]
-        logp = np.zeros(len(known))
-        mine = batches[rank::world]
-        with policy.reference(), torch.inference_mode():
-            for responses in log.track(mine, "reference log-probs", len(mine)) if rank == 0 else mine:
-                logp[responses] = policy(pack(data, responses).to(device)).double().cpu().numpy()
-        total = torch.from_numpy(logp).to(device)
-        distributed.all_reduce([total])
-        known[missing] = total.cpu().numpy()[missing]
-        if rank == 0:
+    if not len(missing):
+        return torch.from_numpy(known).to(device)
+    first = distributed.start()[0] == 0
+    if first and (why := _why_anew(path, parts)):
+        log.console.print(why)
+    found = np.full((2, len(known)), 0.0)  # this process's log-probs, and a 1 for each
+
+    def keep() -> None:
+        logp, done = distributed.all_reduce(torch.from_numpy(found).to(device)).cpu().numpy()
+        known[done > 0] = logp[done > 0]
+        if first:
             with new_file(path) as draft:
-                save_file({"logp": known}, draft)
+                save_file({"logp": known}, draft, metadata=parts)
+
+    saved, length = time.monotonic(), data.num_prompt_tokens + data.num_tokens
+    with distributed.unwrap(policy).reference(), log.progress() as bar:
+        task = bar.add_task("reference log-probs", total=len(missing), note="", visible=first)
+        for responses, logp in each_logp(policy, data, missing, length, max_tokens, device):
+            found[0, responses], found[1, responses] = logp, 1
+            bar.advance(task, sum(distributed.from_all(len(responses))))
+            if distributed.any_of_us(time.monotonic() - saved > SAVE_EVERY_S):
+                keep()
+                saved = time.monotonic()
+    keep()
     return torch.from_numpy(known).to(device)
 
 
-def _read(path: Path, num_responses: int) -> np.ndarray:
-    return load_file(path)["logp"].copy() if path.exists() else np.full(num_responses, np.nan)
-
-
-def _key(policy: Policy, data: Prepared) -> str:
-    files = data.manifest["files"]
-    parts = [policy.base_fingerprint(), files["groups"]["sha256"], files["responses"]["sha256"]]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+def _why_anew(path: Path, parts: dict[str, str]) -> str | None:
+    """What differs from the nearest of the caches that are there, None where none or this one is."""
+    others = []
+    for file in set(path.parent.glob("reference-*.safetensors")) - {path}:
+        with safe_open(file, "numpy") as stored:
+            of_file = stored.metadata() or {}
+        others.append(([name for name in parts if parts[name] != of_file.get(name)], file.name))
+    if path.exists() or not others:
+        return None
+    differing, name = min(others, key=lambda other: (len(other[0]), other[1]))
+    return f"reference log-probs are computed anew: {' and '.join(differing)} changed since {name}"

@@ -7,19 +7,18 @@ from pathlib import Path
 import torch
 import yaml
 
-from ddpo import distributed, log
+from ddpo import log
 from ddpo.config import TrainConfig, to_yaml
 from ddpo.files import new_file, write_json
 
-MAY_CHANGE = ("resume", "data", "out", "save_every", "keep_checkpoints")  # between a run and its resumption
+MAY_CHANGE = ("resume", "data", "out", "save_every", "keep_checkpoints", "track")  # between a run and its resumption
 
 
 def check_run(cfg: TrainConfig) -> Path:
-    """The run folder: a name not taken, or with cfg.resume a run of the same settings. Writes nothing."""
+    """The run folder: a name not taken, or with cfg.resume a run of the same settings, or one not begun. Writes
+    nothing."""
     run = Path(cfg.out)
-    if cfg.resume:
-        if not (run / "config.yaml").is_file():
-            raise ValueError(f"{run} holds no run to resume; start it without --resume")
+    if cfg.resume and (run / "config.yaml").is_file():
         before = yaml.safe_load((run / "config.yaml").read_text())
         now = yaml.safe_load(to_yaml(cfg))
         changed = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
@@ -28,26 +27,31 @@ def check_run(cfg: TrainConfig) -> Path:
                 f"{run}: the run was started with other settings ({', '.join(changed)}); resume with those in its "
                 "config.yaml, or give another --out"
             )
-    elif run.exists() and any(run.iterdir()):
+    elif cfg.resume and run.exists() and not all(file.name.startswith(".") for file in run.iterdir()):
+        raise FileExistsError(f"{run} holds other files and no run to resume; give another --out")
+    elif not cfg.resume and run.exists() and any(run.iterdir()):
         raise FileExistsError(f"{run} exists already; go on with --resume, or give another --out")
     return run
 
 
 def begin_run(cfg: TrainConfig, run: Path) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "card.json", log.card())
-    with new_file(run / "config.yaml") as draft:
-        draft.write_text(to_yaml(cfg))
+    """Config and card, where they do not stand yet."""
+    if not (run / "config.yaml").exists():
+        with new_file(run / "config.yaml") as draft:
+            draft.write_text(to_yaml(cfg))
+    if not (run / "card.json").exists():
+        write_json(run / "card.json", log.card())
 
 
 class Stop:
-    """requested turns true at the first SIGINT or SIGTERM; the second interrupts at once."""
+    """requested turns true at the first SIGINT or SIGTERM. A second SIGINT interrupts at once; not a SIGTERM, which
+    torchrun sends to every process after a Ctrl-C that they have seen already."""
 
     def __init__(self):
         self.requested = False
 
     def __call__(self, number, frame):
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
 
@@ -69,14 +73,12 @@ def graceful(stop: Stop):
 
 
 class OnTheWay:
-    """A step's sums over all processes and its gradient norm, copied to the host without waiting for the device."""
+    """A step's sums and its gradient norm, copied to the host without waiting for the device."""
 
-    def __init__(self, sums, norm: torch.Tensor, device: torch.device):
-        flat = torch.stack([value.to(device, torch.float64) for value in sums])
-        distributed.all_reduce([flat])
-        flat = torch.cat([flat, norm.detach().double().reshape(1)])
+    def __init__(self, sums: torch.Tensor, norm: torch.Tensor):
+        flat = torch.cat([sums, norm.detach().double().reshape(1)])
         self._event = None
-        if device.type == "cuda":
+        if flat.is_cuda:
             self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()

@@ -1,69 +1,152 @@
 """What each optimiser step of a run sees: a pure function of the data, the settings and the step's number."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ddpo.config import TrainConfig
-from ddpo.data.batches import Batch, epoch_order, pack, split_by_tokens
+from ddpo.data.batches import Batch, consecutive, filler, first_fit, pack, share_out
 from ddpo.data.prepared import Prepared
 from ddpo.objective import Totals, weight_zero_is_zero
 
 
 class Schedule:
-    """Items are pairs, or responses under SFT. num_steps; totals(step); batches(step, rank, world)."""
+    """Items are pairs, or responses under SFT. num_steps; totals(step); batches(step, rank, world).
+
+    Pairs that share a response, directly or through others, are one component: they stay in one step and one process,
+    so that each response passes the model once an epoch. A step takes components, in an order drawn anew each epoch,
+    while they hold at most batch_size items; a larger component is a step of its own.
+    """
 
     def __init__(self, data: Prepared, cfg: TrainConfig):
         """Raises ValueError where the folder has no item for the method."""
         self.data, self.cfg = data, cfg
         self.sft = cfg.method == "sft"
-        self.item_group = data.response_group if self.sft else data.pair_group
-        if not len(self.item_group):
+        # (items, 1) or (items, 2) responses
+        self._members = np.arange(len(data.responses))[:, None] if self.sft else data.pairs
+        if not len(self._members):
             raise ValueError(
                 f"{data.folder} has no pairs for method {cfg.method!r}: scores equal or missing in every group? "
                 "Prepare with another rule (--pairs all), or use --method sft"
             )
-        self.steps_per_epoch = -(-len(self.item_group) // cfg.batch_size)
-        self.num_steps = self.steps_per_epoch * cfg.epochs
+        skips = weight_zero_is_zero(cfg) and not cfg.forward_zero_weight
+        self._forwarded = data.weight != 0 if skips else np.ones(len(self._members), bool)
+        self._length = data.num_prompt_tokens + data.num_tokens - 1  # (R,) tokens that pass the model
+        self._items, self._offsets = _components(self._members, len(data.responses))
+        per_epoch = [len(self._cuts(epoch)[1]) - 1 for epoch in range(cfg.epochs)]
+        self._first_step = np.cumsum([0, *per_epoch])  # of each epoch
+        self.num_steps = int(self._first_step[-1])
         if cfg.max_steps is not None:
             self.num_steps = min(self.num_steps, cfg.max_steps)
-        skips = weight_zero_is_zero(cfg) and not cfg.forward_zero_weight
-        self._forwarded = data.weight != 0 if skips else np.ones(len(self.item_group), bool)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._epoch: tuple = (-1, None, None)
+
+    @classmethod
+    def of_all(cls, data: Prepared, cfg: TrainConfig) -> "Schedule":
+        """One step of all items."""
+        everything = max(1, len(data.pairs), len(data.responses))
+        return cls(data, replace(cfg, batch_size=everything, epochs=1, max_steps=None))
+
+    def epoch(self, step: int) -> float:
+        """Epochs done when `step` steps are."""
+        epoch = min(int(np.searchsorted(self._first_step, step, side="right")) - 1, self.cfg.epochs - 1)
+        start, end = self._first_step[epoch : epoch + 2]
+        return epoch + (step - start) / (end - start)
 
     def forwarded_responses(self) -> np.ndarray:
         """The responses that pass the model, sorted."""
-        return np.arange(len(self.item_group)) if self.sft else np.unique(self.data.pairs[self._forwarded])
+        return np.unique(self._members[self._forwarded])
 
     def items(self, step: int) -> np.ndarray:
         """The step's items over all processes."""
-        epoch, at = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.item_group, self.cfg.seed, epoch))
-        return self._order[1][at * self.cfg.batch_size : (at + 1) * self.cfg.batch_size]
+        return np.concatenate([self._component(component) for component in self._step_components(step)])
+
+    def describe(self, step: int) -> dict[str, list]:
+        """Which groups and responses (rows of the prepared folder) the step holds, item by item."""
+        members = self._members[self.items(step)]
+        return {"groups": self.data.response_group[members[:, 0]].tolist(), "responses": members.tolist()}
 
     def totals(self, step: int) -> Totals:
         items = self.items(step)
-        counted = items if self.sft else self.data.pairs[items, 0]
+        counted = self._members[items, 0]
         tokens = self.data.num_tokens[counted]
         if self.cfg.nll_tokens == "all" and not self.sft:
             tokens = tokens + self.data.num_prompt_tokens[counted] - 1  # the first token is not predicted
         return Totals(0 if self.sft else len(items), int(tokens.sum()))
 
     def batches(self, step: int, rank: int = 0, world: int = 1) -> list[Batch]:
-        """This process's share of the step as packed micro-batches; pairs that cannot matter are left out."""
-        items = self.items(step)
-        items = np.array_split(items[self._forwarded[items]], world)[rank]
-        members = items[:, None] if self.sft else self.data.pairs[items]  # (n, 1) or (n, 2) responses
-        length = self.data.num_prompt_tokens + self.data.num_tokens - 1
-        return [self._pack(items[i], members[i]) for i in split_by_tokens(list(members), length, self.cfg.micro_tokens)]
+        """This process's share of the step; items that cannot matter are left out.
 
-    def _pack(self, items, members):
-        responses = np.array(list(dict.fromkeys(members.ravel().tolist())))  # unique, in order
-        if self.sft:
-            return pack(self.data, responses)
+        Every process gets as many batches, and in each place as many packs, as the one that has most, at least one:
+        what one lacks is filled up. So no process waits for another that has nothing to do.
+        """
+        components = [items[self._forwarded[items]] for items in map(self._component, self._step_components(step))]
+        components = [items for items in components if len(items)]
+        responses = [np.unique(self._members[items]) for items in components]
+        tokens = [int(self._length[r].sum()) for r in responses]
+        plans = []  # of each process: of each batch: its components
+        for share in share_out(tokens, world):
+            bins = first_fit([tokens[i] for i in share], self.cfg.micro_tokens)
+            plans.append([[share[i] for i in b] for b in bins])
+        batches = []
+        for place in itertools.zip_longest(*plans, fillvalue=[]):
+            packs = [self._packs(responses, chosen) for chosen in place]
+            items = [components[i] for i in place[rank]]
+            batches.append(self._batch(items, packs[rank], max(1, *map(len, packs))))
+        return batches or [self._batch([], [], 1)]
+
+    def _packs(self, responses: list[np.ndarray], chosen: list[int]) -> list[np.ndarray]:
+        """The responses of the chosen components, in packs that have room for them."""
+        if not chosen:
+            return []
+        together = np.concatenate([responses[i] for i in chosen])
+        return [together[i] for i in first_fit(self._length[together].tolist(), self.cfg.micro_tokens)]
+
+    def _batch(self, items: list[np.ndarray], packs: list[np.ndarray], num_packs: int) -> Batch:
         with_prompts = self.cfg.method in ("orpo", "dorpo") and self.cfg.nll_tokens == "all"
-        return pack(self.data, responses, members, self.data.weight[items], with_prompts)
+        none = np.empty(0, np.int64)
+        responses, items = (np.concatenate([none, *parts]) for parts in (packs, items))
+        place = {r: s for s, r in enumerate(responses.tolist())}
+        pairs = none if self.sft else [[place[c], place[r]] for c, r in self.data.pairs[items].tolist()]
+        num_tokens = [self.data.num_tokens[responses], self.data.num_prompt_tokens[responses] - 1]
+        made = [pack(self.data, part, with_prompts) for part in packs]
+        return Batch(
+            packs=made + [filler(with_prompts)] * (num_packs - len(made)),
+            responses=torch.from_numpy(responses),
+            num_tokens=torch.from_numpy(np.stack(num_tokens[: 1 + with_prompts])),
+            pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+            weight=torch.from_numpy(none.astype(float) if self.sft else self.data.weight[items]),
+            num_inputs=int(self._length[responses].sum()),
+        )
+
+    def _component(self, component: int) -> np.ndarray:
+        return self._items[self._offsets[component] : self._offsets[component + 1]]
+
+    def _step_components(self, step: int) -> np.ndarray:
+        epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, *self._cuts(epoch))
+        _, order, cuts = self._epoch
+        at = step - self._first_step[epoch]
+        return order[cuts[at] : cuts[at + 1]]
+
+    def _cuts(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of the components, and the offsets of its steps in it."""
+        order = np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self._offsets) - 1)
+        return order, consecutive(np.diff(self._offsets)[order], self.cfg.batch_size)
+
+
+def _components(members: np.ndarray, num_responses: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items sorted by the connected component of their responses, and the components' offsets among them."""
+    edges = coo_array((np.ones(len(members), bool), (members[:, 0], members[:, -1])), shape=(num_responses,) * 2)
+    _, label = connected_components(edges, directed=False)
+    component = label[members[:, 0]]  # (items,)
+    items = np.argsort(component, kind="stable")
+    return items, np.concatenate([[0], np.flatnonzero(np.diff(component[items])) + 1, [len(items)]])
 
 
 def lr_at(step: int, num_steps: int, cfg: TrainConfig) -> float:

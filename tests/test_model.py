@@ -6,9 +6,8 @@ import torch
 from conftest import need_cpp, relative, tiny_model
 from torch import nn
 
-from ddpo import distributed, loading, model, refcache
-from ddpo.data.batches import epoch_order, pack, split_by_tokens
-from ddpo.data.prepared import Prepared
+from ddpo import loading, model
+from ddpo.data.batches import pack
 from ddpo.loading import add_lora
 from ddpo.model import Policy
 
@@ -55,9 +54,9 @@ def test_packed_equals_alone(family):
     plain = tiny_model(family, **FAMILIES[family])
     expected = torch.stack([logp_of_logits(plain, *s) for s in data.sequences])
     policy = Policy(plain)
-    logp = policy(pack(data, np.arange(4)))
+    logp = policy(pack(data, range(4)))[0]
     assert relative(logp.detach(), expected) < 1e-12
-    two = torch.cat([policy(pack(data, np.array(part))) for part in ([2, 0], [3, 1])])
+    two = torch.cat([policy(pack(data, part))[0] for part in ([2, 0], [3, 1])])
     assert relative(two.detach(), expected[[2, 0, 3, 1]]) < 1e-12
 
 
@@ -66,10 +65,9 @@ def test_prompt_segments():
     plain = tiny_model()
     expected = [logp_of_logits(plain, p[:1], np.concatenate([p[1:], r])) for p, r in data.sequences]
     policy = Policy(plain)
-    batch = pack(data, np.arange(4), with_prompts=True)
-    logp = policy(batch)
-    assert batch.num_tokens.tolist() == [6, 1, 12, 5, 3, 8, 0, 4]
-    assert relative((logp[:4] + logp[4:]).detach(), torch.stack(expected)) < 1e-12
+    packed = pack(data, range(4), with_prompts=True)
+    assert packed.segments.diff().tolist() == [6, 1, 12, 5, 3, 8, 0, 4]
+    assert relative(policy(packed).sum(0).detach(), torch.stack(expected)) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -96,7 +94,7 @@ def test_gradients_of_lora_and_of_all_weights():
             for p in params.values():  # LoRA starts at B = 0, where half of its gradient vanishes
                 p.data.copy_(torch.sin(torch.arange(p.numel())).view_as(p) * 0.2)
             if packed:
-                logp = Policy(causal)(pack(data, np.arange(4)))
+                logp = Policy(causal)(pack(data, range(4)))[0]
             else:
                 logp = torch.stack([_logp_with_grad(causal, *s) for s in data.sequences])
             out = torch.autograd.grad(logp @ torch.tensor([1.0, -0.5, 2.0, 0.3]).double(), list(params.values()))
@@ -120,56 +118,6 @@ def test_head_with_an_adapter_is_refused():
 def test_unknown_lora_target():
     with pytest.raises(ValueError, match=r"no linear layer is called \['q'\].*'q_proj'"):
         add_lora(tiny_model(), 2, 4, 0.0, ("q", "v_proj"), 0)
-
-
-def test_reference_is_the_model_without_the_adapter(prepared_folder, model_folder, tmp_path):
-    """The cache holds the base model's log-probs though the adapter has been trained; only what is missing is
-    computed; other base weights make another cache."""
-    import shutil
-
-    folder = tmp_path / "prepared"
-    shutil.copytree(prepared_folder, folder)
-    for cached in folder.glob("reference-*"):  # of other tests over the same folder
-        cached.unlink()
-    data = Prepared(folder)
-    base = loading.load_model(model_folder, None, "float64", torch.device("cpu"))
-    expected = {r: logp_of_logits(base, data.prompt_ids(r), data.response_ids(r)) for r in (0, 3, 5)}
-    policy = Policy(add_lora(base, 2, 4, 0.0, ("q_proj",), 0))
-    for name, p in policy.named_parameters():
-        if "lora_B" in name:
-            p.data.fill_(0.5)
-    trained = policy(pack(data, np.array([0])))
-    assert not torch.isclose(trained[0], expected[0])
-    cpu = distributed.device()
-    first = refcache.reference_logp(policy, data, np.array([0, 3]), 100, cpu)
-    assert first.isnan().sum() == len(first) - 2
-    for r in (0, 3):
-        assert first[r].item() == pytest.approx(expected[r].item(), rel=1e-12)
-    (path,) = folder.glob("reference-*.safetensors")
-    again = refcache.reference_logp(policy, Prepared(folder), np.array([0, 3, 5]), 100, cpu)
-    assert again[5].item() == pytest.approx(expected[5].item(), rel=1e-12) and torch.equal(again[[0, 3]], first[[0, 3]])
-    assert list(folder.glob("reference-*.safetensors")) == [path]
-    next(p for n, p in policy.named_parameters() if "c_fc" in n).data.add_(0.01)
-    refcache.reference_logp(policy, data, np.array([0]), 100, cpu)
-    assert len(list(folder.glob("reference-*.safetensors"))) == 2
-
-
-def test_split_by_tokens():
-    length = np.array([5, 3, 4, 9, 1])
-    items = [np.array(x) for x in ([0, 1], [1, 2], [3], [4, 0])]
-    assert list(split_by_tokens(items, length, 12)) == [[0, 1], [2], [3]]  # the shared response 1 counts once
-    assert list(split_by_tokens(items, length, 1)) == [[0], [1], [2], [3]]
-    assert list(split_by_tokens(items, length, 100)) == [[0, 1, 2, 3]]
-
-
-def test_epoch_order():
-    groups = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2])
-    order = epoch_order(groups, 0, 0)
-    assert sorted(order) == list(range(9))
-    seen = [g for i, g in enumerate(groups[order]) if i == 0 or g != groups[order][i - 1]]
-    assert len(seen) == 3, "a group's items stay together"
-    assert np.array_equal(order, epoch_order(groups, 0, 0))
-    assert not np.array_equal(order, epoch_order(groups, 0, 1)) and not np.array_equal(order, epoch_order(groups, 1, 0))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +149,7 @@ def test_smollm2_packed_gradients(smollm2):
         policy.zero_grad()
         policy.drop_below = drop_below
         for part in parts:
-            policy(pack(data, np.array(part))).sum().backward()
+            policy(pack(data, part)).sum().backward()
         grads.append({n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None})
     assert relative(grads[1], grads[0]) < 1e-5
     assert 1e-5 < relative(grads[2], grads[0]) < 0.01

@@ -1,10 +1,10 @@
-"""Which pairs (or responses) each optimiser step sees, and how a few of them become one packed batch.
+"""How responses become packs, which pass the model at once, and packs a batch, which a loss needs together.
 
-A packed batch holds unique responses one after another, without padding: each passes the model once, however many
-pairs use it. Letters: T packed tokens, S sequences, N completion rows, P pairs.
+A pack holds unique responses one after another, without padding: each passes the model once, however many pairs use
+it. Letters: T packed tokens, S sequences, N completion rows, P pairs, k kinds of segments (1, with prompts 2).
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -20,33 +20,47 @@ class TokenSource(Protocol):
     def response_ids(self, response: int) -> np.ndarray: ...
 
 
+class _OneToken:
+    def prompt_ids(self, response):
+        return np.zeros(1, np.int64)
+
+    response_ids = prompt_ids
+
+
 @dataclass(frozen=True)
-class Batch:
+class Pack:
     input_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (T,) int64, from 0 in each sequence
     cu_seqlens: Tensor  # (S+1,) int32 offsets of the sequences in T; on the host, where attention splits by them
     rows: Tensor  # (N,) int64 positions in T whose hidden state predicts a target
     targets: Tensor  # (N,) int64
-    segments: Tensor  # (K+1,) int64 offsets in N: S responses, then their S prompts where those are scored too
-    num_tokens: Tensor  # (K,) int64 rows of each segment
+    segments: Tensor  # (k * S + 1,) int64 offsets in N: S responses, then their S prompts where those are scored too
+
+    def to(self, device: torch.device) -> "Pack":
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        return Pack(**{**moved, "cu_seqlens": self.cu_seqlens})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs and every response they use. Several packs where one has no room; behind the S sequences may stand others
+    that fill up a process's packs and count for nothing."""
+
+    packs: list[Pack]
     responses: Tensor  # (S,) int64, which of the source's
+    num_tokens: Tensor  # (k, S) int64 rows of each response, then of each prompt
     pairs: Tensor  # (P, 2) int64 into the S sequences
     weight: Tensor  # (P,) float64
+    num_inputs: int  # tokens that pass the model, those that fill up left out
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return Batch(**{**moved, "cu_seqlens": self.cu_seqlens})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return Batch(**{**vars(self), **moved, "packs": [pack.to(device) for pack in self.packs]})
 
 
-def pack(
-    data: TokenSource,
-    responses: np.ndarray,
-    pairs: np.ndarray | None = None,
-    weight: np.ndarray | None = None,
-    with_prompts: bool = False,
-) -> Batch:
-    """Packs responses (S,), and pairs (P, 2) of rows among them. with_prompts: prompt tokens are scored too, as S
-    further segments."""
+def pack(data: TokenSource, responses: Sequence[int], with_prompts: bool = False) -> Pack:
+    """Packs responses (S,). with_prompts: prompt tokens are scored too, as S further segments."""
     sequences, rows, targets, prompt_rows, prompt_targets = [], [], [], [], []
     start = 0
     for r in responses:
@@ -60,51 +74,58 @@ def pack(
         start += len(sequences[-1])
     if with_prompts:
         rows, targets = rows + prompt_rows, targets + prompt_targets
-    local = {r: s for s, r in enumerate(responses.tolist())}
-    index = [] if pairs is None else [[local[c], local[r]] for c, r in pairs.tolist()]
     lengths = [len(s) for s in sequences]
-    return Batch(
+    return Pack(
         input_ids=_int64(sequences),
         position_ids=_int64([np.arange(n) for n in lengths]),
         cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
         rows=_int64(rows),
         targets=_int64(targets),
         segments=torch.tensor(np.cumsum([0, *map(len, rows)])),
-        num_tokens=torch.tensor([len(x) for x in rows], dtype=torch.int64),
-        responses=torch.tensor(responses, dtype=torch.int64),
-        pairs=torch.tensor(index, dtype=torch.int64).reshape(-1, 2),
-        weight=torch.tensor([] if weight is None else weight, dtype=torch.float64),
     )
+
+
+def filler(with_prompts: bool = False) -> Pack:
+    """One sequence of one token: what a process forwards where others have a pack and it has none."""
+    return pack(_OneToken(), [0], with_prompts)
 
 
 def _int64(parts: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-def epoch_order(item_group: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """A seeded order of the items (pairs or responses): groups shuffled, items of a group together and shuffled."""
-    rng = np.random.default_rng([seed, epoch])
-    shuffled = rng.permutation(len(item_group))
-    rank = rng.permutation(item_group.max() + 1)  # of each group
-    return shuffled[np.argsort(rank[item_group[shuffled]], kind="stable")]
+def consecutive(sizes: np.ndarray, room: int) -> np.ndarray:
+    """Offsets (n+1,) that cut items into consecutive runs of total size at most room; a larger item stands alone."""
+    ends = np.cumsum(sizes)
+    cuts = [0]
+    while cuts[-1] < len(sizes):
+        done = ends[cuts[-1] - 1] if cuts[-1] else 0
+        cuts.append(max(cuts[-1] + 1, int(np.searchsorted(ends, done + room, side="right"))))
+    return np.array(cuts)
 
 
-def split_by_tokens(items: list[np.ndarray], length: np.ndarray, max_tokens: int) -> Iterator[list[int]]:
-    """Consecutive items (each an array of responses) whose unique responses hold at most max_tokens together. An item
-    that is longer alone stands alone."""
-    chosen: list[int] = []
-    seen: set[int] = set()
-    tokens = 0
-    for i, responses in enumerate(items):
-        new = set(responses.tolist()) - seen
-        added = sum(int(length[r]) for r in new)
-        if chosen and tokens + added > max_tokens:
-            yield chosen
-            chosen, seen, tokens = [], set(), 0
-            new = set(responses.tolist())
-            added = sum(int(length[r]) for r in new)
-        chosen.append(i)
-        seen |= new
-        tokens += added
-    if chosen:
-        yield chosen
+def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Items in bins of total size at most room, the largest first, each into the first bin that takes it; a larger
+    item gets a bin of its own."""
+    bins: list[list[int]] = []
+    left: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        at = next((b for b, free in enumerate(left) if sizes[i] <= free), None)
+        if at is None:
+            bins.append([])
+            left.append(room)
+            at = -1
+        bins[at].append(i)
+        left[at] -= sizes[i]
+    return bins
+
+
+def share_out(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Items in num_shares shares of nearly equal size: the largest first, each to the smallest share."""
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    total = [0] * num_shares
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        at = total.index(min(total))
+        shares[at].append(i)
+        total[at] += sizes[i]
+    return shares

@@ -1,0 +1,146 @@
+"""What a run is made of: built by `setup`, saved and restored by checkpoints, exported at the end."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ddpo import checkpoint, distributed
+from ddpo.config import TrainConfig
+from ddpo.data.prepared import Prepared
+from ddpo.data.tokens import ChatTokens
+from ddpo.loading import add_lora, find_model, load_model, pick_autocast
+from ddpo.model import Policy, pick_drop_below
+from ddpo.objective import needs_reference
+from ddpo.refcache import identity, reference_logp
+from ddpo.schedule import Schedule
+
+
+@dataclass
+class State:
+    cfg: TrainConfig
+    rank: int
+    world: int
+    device: torch.device
+    policy: nn.Module  # Policy, or what distributed.wrap makes of it
+    tokenizer: object
+    params: dict[str, nn.Parameter]  # those that are trained
+    optimizer: torch.optim.AdamW
+    schedule: Schedule
+    ref_logp: torch.Tensor | None  # (R,)
+    held_out: "HeldOut | None"
+    step: int = 0
+    num_skipped: int = 0
+
+
+@dataclass
+class HeldOut:
+    """Pairs whose loss is measured and not trained on: a schedule of one step."""
+
+    schedule: Schedule
+    ref_logp: torch.Tensor | None  # (R,)
+
+
+def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
+    """Data, policy, reference log-probs, optimiser; the last checkpoint where the run has one."""
+    device = distributed.device()
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    data = Prepared(cfg.data)
+    tokens = check_tokenizer(cfg, data)
+    schedule = Schedule(data, cfg)
+    held_out = Schedule.of_all(check_held_out(cfg, data), cfg) if cfg.eval_data else None
+    policy = build_policy(cfg, device)
+    parts = {
+        s: identity(policy, s.data, cfg.adapter) for s in (schedule, held_out) if s and needs_reference(cfg.method)
+    }
+    sharded = cfg.parallel == "fsdp" or (cfg.parallel == "auto" and not cfg.lora)
+    policy = distributed.wrap(policy, "fsdp" if sharded else "ddp")
+    ref_logp = {
+        s: reference_logp(policy, s.data, s.forwarded_responses(), cfg.micro_tokens, device, part)
+        for s, part in parts.items()
+    }
+    params = {n: p for n, p in distributed.unwrap(policy).named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    last = checkpoint.load_last(run, params, optimizer, data.manifest["content_hash"])
+    return State(
+        *(cfg, rank, world, device, policy.train(), tokens.tokenizer, params, optimizer, schedule),
+        ref_logp.get(schedule),
+        held_out and HeldOut(held_out, ref_logp.get(held_out)),
+        last["step"],
+        last.get("num_skipped", 0),
+    )
+
+
+def build_policy(cfg: TrainConfig, device: torch.device) -> Policy:
+    """Raises ValueError for a model, adapter or setting that cannot be trained."""
+    model = load_model(cfg.model, cfg.adapter, check_dtype(cfg), device)
+    if cfg.lora:
+        model = add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.seed)
+    else:
+        model.requires_grad_(True)
+    policy = Policy(
+        model, pick_drop_below(cfg.drop_below, device, model.dtype), pick_autocast(cfg.autocast, cfg.dtype, device)
+    )
+    if cfg.activation_checkpointing:
+        policy.causal.activation_checkpointing_enable({"use_reentrant": False})
+    if cfg.compile:
+        for layer in policy.layers():
+            layer.compile(dynamic=True)
+    return policy
+
+
+def save(state: State, run: Path) -> None:
+    extra = {"data": state.schedule.data.manifest["content_hash"], "num_skipped": state.num_skipped}
+    checkpoint.save(run, state.step, state.params, state.optimizer, extra, state.cfg.keep_checkpoints)
+
+
+def export(state: State, run: Path) -> Path | None:
+    """Writes the adapter or the model; says where, in the first process. Shares of weights are put together there, in
+    a policy built anew on the CPU."""
+    cfg, policy = state.cfg, distributed.unwrap(state.policy)
+    whole = {name: distributed.whole(param.detach()) for name, param in state.params.items()}
+    if state.rank:
+        return None
+    if distributed.is_sharded(policy):
+        policy = build_policy(cfg, torch.device("cpu"))
+        with torch.no_grad():
+            for name, param in policy.named_parameters():
+                if name in whole:
+                    param.copy_(whole[name])
+    return policy.export(run, state.tokenizer, cfg.adapter)
+
+
+def check_tokenizer(cfg: TrainConfig, data: Prepared) -> ChatTokens:
+    """The policy's tokenizer, whose token ids must be the folder's. Raises ValueError."""
+    from_folder = data.manifest["tokenizer"]
+    tokens = ChatTokens.load(find_model(cfg.model), chat_template=from_folder["chat_template"])
+    if tokens.fingerprint() != from_folder["fingerprint"]:
+        raise ValueError(
+            f"{data.folder} was prepared with the tokenizer of {from_folder['model']!r}, which is not that of "
+            f"{cfg.model!r}; prepare it again with --model {cfg.model}"
+        )
+    return tokens
+
+
+def check_held_out(cfg: TrainConfig, data: Prepared) -> Prepared:
+    """The folder of eval_data, whose token ids must be those of the training data. Raises ValueError."""
+    held_out = Prepared(cfg.eval_data)
+    if held_out.manifest["tokenizer"]["fingerprint"] != data.manifest["tokenizer"]["fingerprint"]:
+        raise ValueError(
+            f"{held_out.folder} was prepared with another tokenizer or chat template than {data.folder}; prepare both "
+            f"with --model {cfg.model}"
+        )
+    return held_out
+
+
+def check_dtype(cfg: TrainConfig) -> str:
+    """All weights are trained in float32 or float64: bfloat16 rounds away steps under 1/256 of a weight."""
+    if cfg.lora or cfg.dtype in ("float32", "float64"):
+        return cfg.dtype
+    if cfg.dtype == "bfloat16":
+        raise ValueError("train: --no-lora in bfloat16 loses most small updates; use --dtype float32, or LoRA")
+    return "float32"

@@ -1,0 +1,142 @@
+"""Several processes on the CPU: the same numbers as one, with copies of the weights (DDP) and with shares (FSDP2)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import metrics, relative, same_bits, tiny_model, tiny_tokenizer, weights_of
+
+from ddpo import checkpoint
+from ddpo.config import to_yaml
+from ddpo.train import train as run_training
+
+
+def launch(cfg, *more, ranks=2):
+    path = Path(cfg.out).with_suffix(".yaml")
+    path.write_text(to_yaml(cfg))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "ddpo.train", "--config", str(path), *more]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+def finished(process):
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, out[-3000:]
+    return out
+
+
+def agree(one, two):
+    assert relative(weights_of(one), weights_of(two)) < 1e-9
+    kept = [
+        [{k: v for k, v in m.items() if k in ("step", "num_pairs", "pairs_forwarded")} for m in metrics(c)]
+        for c in (one, two)
+    ]
+    assert kept[0] == kept[1]
+    for name in ("loss", "grad_norm", "rewards/margins"):
+        assert [m.get(name) for m in metrics(two)] == pytest.approx(
+            [m.get(name) for m in metrics(one)], rel=1e-8, abs=1e-12
+        )
+
+
+@pytest.fixture(scope="module")
+def untied_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untied-model")
+    tiny_model(tie_word_embeddings=False).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 20},  # frozen head, groups in both ranks
+        {"batch_size": 1, "micro_tokens": 60},  # a rank that gets no group, and groups in two passes
+        {"batch_size": 20, "lora": False},  # tied, trained head
+        {"batch_size": 20, "lora": False, "untied": True, "method": "dorpo"},
+        {"batch_size": 20, "activation_checkpointing": True},
+    ],
+    ids=["frozen head", "no group for a rank", "tied head", "untied head", "activation checkpointing"],
+)
+def test_two_ranks_equal_one(config, untied_folder, parallel, changes):
+    """Relative L2 of the final adapter (or model) at most 1e-9, in float64."""
+    changes = dict(changes)
+    if changes.pop("untied", False):
+        changes["model"] = untied_folder
+    one, two = (config(max_steps=4, **changes) for _ in range(2))
+    run_training(one)
+    finished(launch(two, "--parallel", parallel))
+    agree(one, two)
+
+
+def test_three_ranks_evaluate_and_split_by_tokens(config, make_prepared):
+    """More ranks than some steps have components; held-out pairs over all of them."""
+    data = make_prepared(pairs="gap")
+    changes = {"batch_size": 4, "epochs": 2, "eval_data": str(data.folder), "eval_every": 1}
+    one, three = (config(**changes) for _ in range(2))
+    run_training(one)
+    finished(launch(three, ranks=3))
+    agree(one, three)
+    evals = [[json.loads(line) for line in (Path(c.out) / "eval.jsonl").read_text().splitlines()] for c in (one, three)]
+    assert [e["step"] for e in evals[0]] == list(range(len(metrics(one)) + 1)) == [e["step"] for e in evals[1]]
+    for name in ("eval_loss", "eval_rewards/margins"):
+        assert [e[name] for e in evals[1]] == pytest.approx([e[name] for e in evals[0]], rel=1e-8, abs=1e-12)
+
+
+def test_adapter_over_an_sft_adapter_under_fsdp(config):
+    """The export stacks both adapters, from shares of the weights."""
+    sft = config(method="sft", lr=1e-2)
+    run_training(sft)
+    one, two = (config(adapter=f"{sft.out}/adapter", max_steps=2, batch_size=20) for _ in range(2))
+    run_training(one)
+    finished(launch(two, "--parallel", "fsdp"))
+    agree(one, two)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora_dropout": 0.2}, {"lora_dropout": 0.2, "parallel": "fsdp"}, {"lora": False, "parallel": "fsdp"}],
+    ids=["ddp", "fsdp lora", "fsdp all weights"],
+)
+def test_stop_of_one_rank_stops_all_and_resumes(config, changes):
+    """SIGTERM to one process alone: both end after the same step; with dropout, resumed is straight, bit for bit."""
+    straight, cfg = (config(batch_size=6, epochs=20, **changes) for _ in range(2))
+    finished(launch(straight))
+    process = launch(cfg)
+    while not (journal := Path(cfg.out) / "metrics.jsonl").exists() or journal.read_text().count("\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert 2 <= len(metrics(cfg)) < len(metrics(straight))
+    finished(launch(cfg, "--resume"))
+    assert same_bits(weights_of(straight), weights_of(cfg))
+    assert [m["step"] for m in metrics(cfg)] == list(range(1, len(metrics(straight)) + 1))
+
+
+def test_three_ranks_resume_to_the_same_bits(config):
+    """Sums of three do not commute: the order in which gradients are summed must survive a restart."""
+    straight, cfg = (config(batch_size=6, epochs=3, save_every=3) for _ in range(2))
+    finished(launch(straight, ranks=3))
+    finished(launch(cfg, ranks=3))
+    (Path(cfg.out) / "adapter").rename(Path(cfg.out) / "first")
+    newest = checkpoint.steps(Path(cfg.out))[-1]
+    (newest / "state.json").unlink()
+    assert "is damaged" in finished(launch(cfg, "--resume", ranks=3))
+    assert same_bits(weights_of(straight), weights_of(cfg))
+
+
+def test_another_kind_of_checkpoint_is_refused(config):
+    cfg = config(batch_size=6, max_steps=2)
+    run_training(cfg)
+    process = launch(replace(cfg, parallel="fsdp"), "--resume")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "started with other settings (parallel)" in out

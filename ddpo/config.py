@@ -386,3 +386,6 @@ def run_command(run: Callable, cls: type, prog: str, positional: str | None, arg
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if "ddpo.distributed" in sys.modules:  # the command was one of several processes, perhaps
+            sys.modules["ddpo.distributed"].finish()

@@ -10,11 +10,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpo import log
+
 T = TypeVar("T")
 
 
 def start() -> tuple[int, int]:
-    """(rank, world size); joins the process group where torchrun started several."""
+    """(rank, world size); joins the process group where torchrun started several, of which the first alone speaks."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
@@ -22,6 +24,7 @@ def start() -> tuple[int, int]:
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device())  # gloo: to agree without the GPU
         else:
             dist.init_process_group("gloo")
+        log.console.quiet = dist.get_rank() > 0
     return (dist.get_rank(), world) if dist.is_initialized() else (0, 1)
 
 
@@ -80,6 +83,18 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather_rows(mine: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """(num_rows, D): rows dealt out in turn (rank r has r, r + world, ...), put together again in every process."""
+    if not dist.is_initialized():
+        return mine
+    world = dist.get_world_size()
+    padded = torch.zeros(-(-num_rows // world), mine.shape[1], dtype=mine.dtype)
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, 1).flatten(0, 1)[:num_rows]
 
 
 def any_of_us(flag: bool) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from rich.markup import escape
 
-from ddpo import __version__, deviation, log
+from ddpo import __version__, deviation, distributed, log
 from ddpo.config import PrepareConfig, WeighConfig, Weighing
 from ddpo.data import prepared
 from ddpo.data.groups import Group, group_row, write_jsonl
@@ -25,6 +25,7 @@ def prepare(cfg: PrepareConfig) -> Path:
 
     Raises: ValueError for bad input (file, line, wanted, got), FileExistsError; then nothing is written.
     """
+    rank, _ = distributed.start()
     out = Path(cfg.out)
     if out.exists() and not cfg.overwrite:
         raise FileExistsError(f"{out} exists already; give another name or --overwrite")
@@ -36,6 +37,9 @@ def prepare(cfg: PrepareConfig) -> Path:
     kept, heldout = split_off(len(groups), cfg)
     train, train_ids = [groups[i] for i in kept], [ids[i] for i in kept]
     embeddings = embed([r.text for g in train for r in g.responses], cfg)
+    if rank:
+        distributed.barrier()  # the first process writes
+        return out
     offsets = np.cumsum([0, *(len(g.responses) for g in train)])
     pairs, gap_summary = make_pairs(train, offsets, embeddings, cfg, dropped)
     weighting, weights_summary = weigh_pairs(offsets, np.array(pairs, np.int64).reshape(-1, 3), embeddings, cfg)
@@ -66,13 +70,18 @@ def prepare(cfg: PrepareConfig) -> Path:
         if heldout:
             write_jsonl(draft / "heldout.jsonl", (group_row(groups[i]) for i in heldout))
     show(summary, out)
+    distributed.barrier()
     return out
 
 
 def weigh(cfg: WeighConfig) -> Path:
     """Weighs a prepared folder anew, its pairs as they are; the old weights stay until the new are whole."""
+    rank, _ = distributed.start()
     data = prepared.Prepared(cfg.folder)
     embeddings = embed(data.texts(), cfg)
+    if rank:
+        distributed.barrier()  # the first process writes
+        return data.folder
     pairs = np.column_stack([data.pair_group, data.pairs])
     weighting, summary = weigh_pairs(data.group_offsets(), pairs, embeddings, cfg)
     manifest = data.manifest
@@ -82,6 +91,7 @@ def weigh(cfg: WeighConfig) -> Path:
     changed = {"settings": settings, "summary": {**manifest["summary"], "weights": summary}}
     prepared.weigh(data.folder, weighting, changed)
     show(changed["summary"], data.folder)
+    distributed.barrier()
     return data.folder
 
 
@@ -134,11 +144,12 @@ def split_off(num_groups: int, cfg: PrepareConfig) -> tuple[list[int], list[int]
 
 
 def embed(texts: list[str], cfg: Weighing) -> dict[str, torch.Tensor]:
-    """Each measure's embeddings of all texts, (R, D) float32."""
+    """Each measure's embeddings of all texts, (R, D) float32; under torchrun each process encodes a share."""
     if not cfg.measures or len(set(cfg.measures)) != len(cfg.measures):
         raise ValueError(f"measures must name each of semantic and style at most once, got {list(cfg.measures)}")
     encoders = {m: load_encoder(getattr(cfg, m), m, cfg.trust_remote_code) for m in cfg.measures}
-    return {measure: encode(texts) for measure, encode in encoders.items()}
+    rank, world = distributed.start()
+    return {m: distributed.gather_rows(encode(texts[rank::world]), len(texts)) for m, encode in encoders.items()}
 
 
 def make_pairs(groups: list[Group], offsets: np.ndarray, embeddings: dict, cfg: PrepareConfig, dropped: Counter):

@@ -49,7 +49,7 @@ def reference_logp(
     if not len(missing):
         return torch.from_numpy(known).to(device)
     first = distributed.start()[0] == 0
-    if first and (why := _why_anew(path, parts)):
+    if why := _why_anew(path, parts):
         log.console.print(why)
     found = np.full((2, len(known)), 0.0)  # this process's log-probs, and a 1 for each
 
@@ -62,7 +62,7 @@ def reference_logp(
 
     saved, length = time.monotonic(), data.num_prompt_tokens + data.num_tokens
     with distributed.unwrap(policy).reference(), log.progress() as bar:
-        task = bar.add_task("reference log-probs", total=len(missing), note="", visible=first)
+        task = bar.add_task("reference log-probs", total=len(missing), note="")
         for responses, logp in each_logp(policy, data, missing, length, max_tokens, device):
             found[0, responses], found[1, responses] = logp, 1
             bar.advance(task, sum(distributed.from_all(len(responses))))

@@ -165,7 +165,4 @@ def report(state: State, metrics: dict | None, watch: Watch, until: float | None
 
 
 if __name__ == "__main__":
-    try:
-        run_command(train, TrainConfig, "ddpo train", "data", sys.argv[1:])
-    finally:
-        distributed.finish()
+    run_command(train, TrainConfig, "ddpo train", "data", sys.argv[1:])

@@ -15,7 +15,7 @@ from ddpo.files import new_file
 
 
 class Watch:
-    """The bar and files of a run, in the first process; in the others all of it does nothing.
+    """The bar and files of a run; in processes other than the first it does nothing.
 
     metrics.jsonl has a line a step, eval.jsonl a line an evaluation, skipped.jsonl a line a skipped step.
     """
@@ -26,7 +26,7 @@ class Watch:
         self._journals = {name: Journal(run / f"{name}.jsonl", step) for name in ("metrics", "eval", "skipped") * first}
         self._trackers = _trackers(cfg, run) if first else []
         self._bar = log.progress()
-        self._task = self._bar.add_task(cfg.method, total=num_steps, completed=step, note="", visible=first)
+        self._task = self._bar.add_task(cfg.method, total=num_steps, completed=step, note="")
 
     def __enter__(self) -> "Watch":
         self._bar.start()
@@ -53,8 +53,7 @@ class Watch:
             self.say(f"step {record['step']}: eval {_note(record, 'eval_')}")
 
     def say(self, text: str) -> None:
-        if self._first:
-            self._bar.console.print(text)
+        self._bar.console.print(text)
 
 
 def _note(record: dict, prefix: str = "") -> str:
@@ -96,13 +95,14 @@ def _trackers(cfg: TrainConfig, run: Path) -> list:
     """TensorBoard's files lie in the run folder."""
     if not cfg.track:
         return []
+    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    PartialState()  # its trackers ask it which process this is
     started = []
     for name in cfg.track:
         cls = LOGGER_TYPE_TO_CLASS[name]
         tracker = cls(run.name, **({"logging_dir": str(run.parent)} if cls.requires_logging_directory else {}))
-        tracker.main_process_only = False  # one process alone is here; accelerate need not find out
         tracker.start()
         values = {key: v if isinstance(v, int | float | bool) else str(v) for key, v in dataclasses.asdict(cfg).items()}
         tracker.store_init_configuration(values)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, metrics, same_bits, weights_of
+from kill_and_resume import kill_and_resume
 from safetensors.torch import load_file
 
 from ddpo import checkpoint
@@ -126,3 +127,8 @@ def test_interrupt_saves_and_says_how_to_go_on(config):
     assert 2 < len(metrics(cfg)) < len(metrics(straight))
     subprocess.run([*command, "--resume"], check=True, capture_output=True, timeout=120)
     assert same_bits(weights_of(straight), weights_of(cfg))
+
+
+def test_killed_at_random_moments(tmp_path, model_folder):
+    """`python tests/kill_and_resume.py --kills 20` does more of it."""
+    assert len(kill_and_resume(tmp_path, model_folder, num_kills=3, num_steps=12)) == 3

@@ -1,6 +1,7 @@
 """A loaded model's layers on faster kernels: ours on CPUs, Liger's on GPUs. Weights, names and state_dict stay."""
 
 import copy
+import functools
 import importlib.util
 import inspect
 from collections import Counter
@@ -163,11 +164,15 @@ def _mlp(self, x):
 
 
 def _find_rotary(module):
-    """The attention's own forward with one of its global names bound to ours: transformers' module stays as it is."""
     forward = type(module).forward
     own = getattr(forward, "__globals__", {}).get(ROTARY)
-    if own is None or ROTARY not in forward.__code__.co_names or not cpp.is_built:
-        return None
+    known = own is not None and ROTARY in forward.__code__.co_names and cpp.is_built
+    return _with_our_rotary(forward, own) if known else None
+
+
+@functools.cache  # one function for all layers, as a class has
+def _with_our_rotary(forward, own):
+    """The attention's forward with one of its global names bound to ours: transformers' module stays as it is."""
 
     def rotary(q, k, cos, sin, unsqueeze_dim=1):
         fits = q.dtype == k.dtype == cos.dtype and q.dtype in DTYPES and q.device.type == "cpu"

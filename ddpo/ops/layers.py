@@ -139,8 +139,9 @@ def _dense(x):
     return x.new_empty(x.shape)
 
 
-if cpp.is_built:
-    for name, fake in {
+def _register():
+    """Fakes and gradients of the extension's ops."""
+    fakes = {
         "rms_norm": lambda x, weight, eps, offset: (_dense(x), x.new_empty(x.shape[:-1].numel())),
         "rms_norm_bwd": lambda dy, x, weight, rstd, offset, want_weight: (
             _dense(x),
@@ -149,7 +150,8 @@ if cpp.is_built:
         "silu_mul": lambda gate, up: _dense(gate),
         "silu_mul_bwd": lambda dy, gate, up: (_dense(gate), _dense(up)),
         "rotary": _fake_rotary,
-    }.items():
+    }
+    for name, fake in fakes.items():
         torch.library.register_fake(f"ddpo::{name}", fake)
     for name, backward, setup in (
         ("rms_norm", _rms_norm_backward, _rms_norm_setup),
@@ -157,3 +159,7 @@ if cpp.is_built:
         ("rotary", _rotary_backward, _rotary_setup),
     ):
         torch.library.register_autograd(f"ddpo::{name}", backward, setup_context=setup)
+
+
+if cpp.is_built:
+    _register()

@@ -18,6 +18,13 @@ TORCH_LIBRARY(ddpo, m) {
   m.def(
       "linear_logp_bwd(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float scale, float? softcap, "
       "Tensor lse, Tensor upstream, bool want_hidden, bool want_head, bool want_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset, bool want_weight) -> "
+      "(Tensor, Tensor)");
+  m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
+  m.def("silu_mul_bwd(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+  m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool back) -> (Tensor, Tensor)");
 }
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};

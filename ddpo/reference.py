@@ -30,6 +30,34 @@ def log1mexp(x):
     return a + b
 
 
+# --- a layer of the body: T rows, D width, H heads of width d, rank r ---------------------------------------
+
+
+def rms_norm(x, weight, eps, offset=0.0):
+    """x / sqrt(mean(x^2) + eps) * (weight + offset). x (..., D), weight (D,). arXiv 1910.07467; Gemma's offset is 1."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (weight + offset)
+
+
+def silu_mul(gate, up):
+    """silu(gate) * up: the elementwise part of SwiGLU, arXiv 2002.05202."""
+    return F.silu(gate) * up
+
+
+def rotary(q, k, cos, sin):
+    """x * cos + (-x2, x1) * sin for the halves (x1, x2) of each head. q, k (B, H, T, d), cos, sin (B or 1, T, d)."""
+
+    def turned(x):
+        x1, x2 = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat((-x2, x1), dim=-1) * sin[:, None]
+
+    return turned(q), turned(k)
+
+
+def lora_linear(x, weight, bias, a, b, scaling):
+    """x W^T + bias + scaling * (x A^T) B^T. weight (out, D), a (r, D), b (out, r). arXiv 2106.09685."""
+    return F.linear(x, weight, bias) + scaling * (x @ a.T @ b.T)
+
+
 # --- losses of one pair: log-probs in nats, summed (lp) or per token (lm); w the pair's weight ------------
 
 

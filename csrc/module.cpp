@@ -18,6 +18,12 @@ TORCH_LIBRARY(ddpo, m) {
   m.def(
       "linear_logp_bwd(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float scale, float? softcap, "
       "Tensor lse, Tensor upstream, bool want_hidden, bool want_head, bool want_bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "packed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, int? window, "
+      "float? softcap) -> (Tensor, Tensor)");
+  m.def(
+      "packed_attention_bwd(Tensor upstream, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens, float scale, int? window, float? softcap) -> (Tensor, Tensor, Tensor)");
 }
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};

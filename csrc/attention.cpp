@@ -2,7 +2,8 @@
 //
 //   s[i,j] = scale * q[i].k[j], capped: softcap * tanh(s / softcap);   j visible to i where 0 <= i - j < window
 //   p[i,j] = exp(s[i,j] - lse[i]);   out[i] = sum_j p[i,j] v[j]
-//   ds = p (do.v - delta), delta[i] = do[i].out[i], times 1 - (s/softcap)^2;   dq = scale ds k, dk = scale ds' q, dv = p' do
+//   ds = p (do.v - delta), times 1 - (s/softcap)^2, with delta[i] = do[i].out[i]
+//   dq = scale ds k, dk = scale ds^T q, dv = p^T do
 //
 // A block of query positions, with all the heads that share a key head below one another as rows of one matrix, meets
 // the keys that it sees in blocks, from first to last: online softmax forward, recomputed probabilities backward. So
@@ -37,10 +38,10 @@
 namespace ddpo {
 namespace {
 
-constexpr int64_t kRows = 96;          // of a block of queries, heads of a group together; measured, as kKeys
-constexpr int64_t kLeastPositions = 16;
-constexpr int64_t kKeys = 256;         // of a block of keys
-constexpr int64_t kLine = 16;          // scratch arrays start at multiples of as many elements
+constexpr int64_t kRows = 96;            // of a block of queries, the heads of a group together; measured, as kKeys
+constexpr int64_t kLeastPositions = 16;  // of a block of queries: few rows make slow products
+constexpr int64_t kKeys = 256;           // of a block of keys
+constexpr int64_t kLine = 16;            // elements; scratch arrays start at multiples of it
 
 // Row-major C (m, n) = op(A) op(B), or C += that. Straight to the CPU kernel, past the dispatcher: blocks are small.
 template <typename T>
@@ -117,8 +118,8 @@ Problem make_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && k.size(0) == q.size(0) && v.size(0) == q.size(0) &&
                   k.size(1) > 0 && q.size(1) > 0 && q.size(1) % k.size(1) == 0 && v.size(1) == k.size(1) &&
                   q.size(2) > 0 && k.size(2) == q.size(2) && v.size(2) > 0,
-              "packed_attention: wanted q (T, H, d), k (T, Hkv, d), v (T, Hkv, dv), Hkv a divisor of H, got ", q.sizes(),
-              ", ", k.sizes(), " and ", v.sizes());
+              "packed_attention: wanted q (T, H, d), k (T, Hkv, d), v (T, Hkv, dv), Hkv a divisor of H, got ",
+              q.sizes(), ", ", k.sizes(), " and ", v.sizes());
   TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
               "packed_attention: q, k and v must be of one dtype, got ", q.scalar_type(), ", ", k.scalar_type(),
               " and ", v.scalar_type());
@@ -153,15 +154,15 @@ Problem make_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
 // What a thread works in, for a block of M rows and B keys.
 template <typename T>
 struct Scratch {
-  T *q, *k, *v, *scores, *sums, *max, *sum;        // sums (M, dv): out forward
-  T *dscores, *upstream, *out, *delta, *dq;        // backward alone
+  T *q, *k, *v, *scores, *sums, *max, *sum;  // sums (M, dv): of the values, before the division by sum (M,)
+  T *dscores, *upstream, *out, *delta, *dq;  // backward alone
   at::Tensor memory;
 
   Scratch(const Problem& p, bool backward) {
     const int64_t M = p.G * p.positions, own = backward ? M : 0;
     const std::pair<T**, int64_t> arrays[] = {
-        {&q, M * p.d},           {&k, kKeys * p.d},  {&v, kKeys * p.dv}, {&scores, M * kKeys},   {&sums, M * p.dv},
-        {&max, M},               {&sum, M},          {&delta, own},      {&dscores, own * kKeys}, {&upstream, own * p.dv},
+        {&q, M * p.d},  {&k, kKeys * p.d}, {&v, kKeys * p.dv}, {&scores, M * kKeys},    {&sums, M * p.dv},
+        {&max, M},      {&sum, M},         {&delta, own},      {&dscores, own * kKeys}, {&upstream, own * p.dv},
         {&out, own * p.dv}, {&dq, own * p.d}};
     const auto padded = [](int64_t size) { return (size + kLine - 1) / kLine * kLine; };
     int64_t total = 0;
@@ -280,8 +281,7 @@ void forward_task(const Problem& p, Scratch<T>& s, const Task& task, at::Tensor&
       const auto seen = p.seen(task.from + m % n, k0, B);
       zero_outside(x, B, seen);
       if (seen.first >= seen.second) continue;
-      const T shrink =
-          forward_row(x + seen.first, seen.second - seen.first, T(p.softcap), s.max[m], s.sum[m]);
+      const T shrink = forward_row(x + seen.first, seen.second - seen.first, T(p.softcap), s.max[m], s.sum[m]);
       T* sums = s.sums + m * p.dv;
       if (k0 > low && shrink != T(1)) at::vec::map([shrink](Vec a) { return a * Vec(shrink); }, sums, sums, p.dv);
     }

@@ -58,6 +58,8 @@ class Policy(nn.Module):
         device = self.causal.get_output_embeddings().weight.device
         ids = [np.arange(3, 3 + n) % self.causal.config.vocab_size for n in (5, 7)]
         alone = torch.zeros(2, dtype=torch.float64, device=device)
+        if getattr(self.causal.config, "attn_logit_softcapping", None):
+            self.causal.set_attn_implementation("eager")  # of transformers' own, the one that caps
         for i, sequence in enumerate(ids):
             tokens = torch.from_numpy(sequence).to(device)
             logp = self.causal(tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
@@ -83,7 +85,11 @@ class Policy(nn.Module):
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens.tolist(),
+            cu_seq_lens_q=batch.cu_seqlens_device,
+            cu_seq_lens_k=batch.cu_seqlens_device,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+            cu_seqlens=batch.cu_seqlens,
         ).last_hidden_state[0]  # (T, D)
         head, config = causal.get_output_embeddings(), causal.config
         logp = linear_logp(

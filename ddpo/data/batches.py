@@ -24,7 +24,8 @@ class TokenSource(Protocol):
 class Batch:
     input_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (T,) int64, from 0 in each sequence
-    cu_seqlens: Tensor  # (S+1,) int32 offsets of the sequences in T; on the host, where attention splits by them
+    cu_seqlens: Tensor  # (S+1,) int32 offsets of the sequences in T; stays on the host
+    cu_seqlens_device: Tensor  # the same, beside the tokens: what attention kernels of GPUs read
     rows: Tensor  # (N,) int64 positions in T whose hidden state predicts a target
     targets: Tensor  # (N,) int64
     segments: Tensor  # (K+1,) int64 offsets in N: S responses, then their S prompts where those are scored too
@@ -32,6 +33,11 @@ class Batch:
     responses: Tensor  # (S,) int64, which of the source's
     pairs: Tensor  # (P, 2) int64 into the S sequences
     weight: Tensor  # (P,) float64
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.cu_seqlens.diff().max())
 
     def to(self, device: torch.device) -> "Batch":
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
@@ -63,10 +69,12 @@ def pack(
     local = {r: s for s, r in enumerate(responses.tolist())}
     index = [] if pairs is None else [[local[c], local[r]] for c, r in pairs.tolist()]
     lengths = [len(s) for s in sequences]
+    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
     return Batch(
         input_ids=_int64(sequences),
         position_ids=_int64([np.arange(n) for n in lengths]),
-        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_device=cu_seqlens,
         rows=_int64(rows),
         targets=_int64(targets),
         segments=torch.tensor(np.cumsum([0, *map(len, rows)])),

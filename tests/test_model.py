@@ -85,7 +85,8 @@ def test_packed_equals_alone(family, path, monkeypatch):
     logp = policy(pack(data, np.arange(4)))
     assert relative(logp.detach(), expected.detach()) < 1e-12
     grad = torch.autograd.grad(logp @ coefficients, params)
-    assert relative(torch.cat([g.reshape(-1) for g in grad]), torch.cat([g.reshape(-1) for g in expected_grad])) < 1e-10
+    flat, expected_flat = (torch.cat([g.reshape(-1) for g in x]) for x in (grad, expected_grad))
+    assert relative(flat, expected_flat) < 1e-7  # the norms of Gemma and Cohere are float32, their gradients too
     two = torch.cat([policy(pack(data, np.array(part))) for part in ([2, 0], [3, 1])])
     assert relative(two.detach(), expected[[2, 0, 3, 1]].detach()) < 1e-12
 
@@ -104,13 +105,14 @@ def test_prompt_segments():
 @pytest.mark.parametrize(
     "family, changes, message",
     [
-        ("gpt_oss", {"num_local_experts": 2}, r"sinks \(gpt-oss\) in attention"),
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "gives other log-probs packed than alone"),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, r"sinks \(gpt-oss\) in attention"),
+        ("mamba", {"state_size": 4}, "gives other log-probs packed than alone"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "can't keep packed sequences apart"),  # transformers says
     ],
 )
 def test_models_that_cannot_be_packed_are_refused(family, changes, message):
     with pytest.raises(ValueError, match=message):
-        Policy(tiny_model(family, **changes))
+        Policy(tiny_model(family, **changes).float())
 
 
 def test_gradients_of_lora_and_of_all_weights():

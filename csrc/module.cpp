@@ -25,6 +25,12 @@ TORCH_LIBRARY(ddpo, m) {
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
   m.def("silu_mul_bwd(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool back) -> (Tensor, Tensor)");
+  m.def(
+      "packed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, int? window, "
+      "float? softcap) -> (Tensor, Tensor)");
+  m.def(
+      "packed_attention_bwd(Tensor upstream, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens, float scale, int? window, float? softcap) -> (Tensor, Tensor, Tensor)");
 }
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "linear_logp": "ddpo.ops",
     "linear_preference": "ddpo.ops",
+    "packed_attention": "ddpo.ops",
     "sequence_sum": "ddpo.ops",
     "dpo": "ddpo.losses",
     "ddpo": "ddpo.losses",

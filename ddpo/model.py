@@ -59,6 +59,8 @@ class Policy(nn.Module):
         device = self.causal.get_output_embeddings().weight.device
         ids = [np.arange(3, 3 + n) % self.causal.config.vocab_size for n in (5, 7)]
         alone = torch.zeros(2, dtype=torch.float64, device=device)
+        if getattr(self.causal.config, "attn_logit_softcapping", None):
+            self.causal.set_attn_implementation("eager")  # of transformers' own, the one that caps
         for i, sequence in enumerate(ids):
             tokens = torch.from_numpy(sequence).to(device)
             with self._precision(device):
@@ -99,7 +101,11 @@ class Policy(nn.Module):
             input_ids=pack.input_ids[None],
             position_ids=pack.position_ids[None],
             use_cache=False,
-            cu_seq_lens_q=pack.cu_seqlens.tolist(),
+            cu_seq_lens_q=pack.cu_seqlens_device,
+            cu_seq_lens_k=pack.cu_seqlens_device,
+            max_length_q=pack.max_seqlen,
+            max_length_k=pack.max_seqlen,
+            cu_seqlens=pack.cu_seqlens,
         ).last_hidden_state[0]  # (T, D)
         head, config = causal.get_output_embeddings(), causal.config
         logp = linear_logp(

@@ -1,7 +1,8 @@
 """Every definition in plain PyTorch: the specification. Exact in float64, slow, and called by tests and
 benchmark gates only. Source of the formulas: arXiv 2503.17126; where another paper is meant it is named.
 
-Letters: N rows, D width, V vocabulary, S sequences, P pairs, n responses of one group.
+Letters: N rows, D width, V vocabulary, S sequences, P pairs, n responses of one group; T tokens, H heads, d width of
+a head.
 """
 
 import torch
@@ -20,6 +21,25 @@ def linear_logp(hidden, head, targets, bias=None, scale=1.0, softcap=None):
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return torch.log_softmax(z, dim=-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def packed_attention(q, k, v, cu_seqlens, scale=None, window=None, softcap=None):
+    """Causal attention within each sequence: s_ij = scale * q_i.k_j, capped; out_i = sum_j softmax_j(s_ij) v_j over
+    the keys j of i's own sequence with 0 <= i - j < window.
+
+    q (T, H, d), k (T, Hkv, d), v (T, Hkv, dv): query head h reads key head h // (H / Hkv); cu_seqlens (S+1,) rises
+    from 0 to T; scale None: 1/sqrt(d) -> (T, H, dv).
+    """
+    T, H, d = q.shape
+    k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
+    s = torch.einsum("ihd,jhd->hij", q, k) * (d**-0.5 if scale is None else scale)  # (H, T, T)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    position = torch.arange(T)
+    sequence = torch.searchsorted(cu_seqlens.long(), position, right=True)
+    distance = position[:, None] - position[None]
+    seen = (sequence[:, None] == sequence[None]) & (distance >= 0) & (distance < (window or T + 1))
+    return torch.einsum("hij,jhd->ihd", s.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
 def log1mexp(x):

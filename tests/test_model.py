@@ -5,11 +5,13 @@ import pytest
 import torch
 from conftest import need_cpp, relative, tiny_model
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
-from ddpo import loading, model
+from ddpo import loading, model, reference
 from ddpo.data.batches import pack
 from ddpo.loading import add_lora
 from ddpo.model import Policy
+from ddpo.ops import attention
 
 FAMILIES = {
     "starcoder2": {},
@@ -18,6 +20,10 @@ FAMILIES = {
     "qwen3": {},
     "mistral": {"sliding_window": 7},
     "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {
+        **{"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "attn_logit_softcapping": 3.0},
+        "final_logit_softcapping": 5.0,
+    },
     "cohere": {"logit_scale": 0.3},
     "granite": {"logits_scaling": 3.0},
 }
@@ -48,16 +54,40 @@ def logp_of_logits(causal, prompt, response):
     return logp[at, ids[0, at + 1]].sum()
 
 
+def dense_attention(
+    module, query, key, value, mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, **kwargs
+):
+    """One sequence by the reference. transformers' own: SDPA has no softcap, eager takes its softmax in float32."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    alone = torch.tensor([0, len(q)])
+    return reference.packed_attention(q, k, v, alone, scaling, sliding_window, softcap)[None], None
+
+
+AttentionInterface.register("dense_float64", dense_attention)
+AttentionMaskInterface.register("dense_float64", lambda *args, **kwargs: None)
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("cpp", marks=need_cpp)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_alone(family):
+def test_packed_equals_alone(family, path, monkeypatch):
+    """Log-probs, and the gradient of all weights, against the model's own attention; gemma2's, see dense_attention."""
+    monkeypatch.setattr(attention, "runs_cpp", lambda q, dropout: path == "cpp")
     data = sequences()
     plain = tiny_model(family, **FAMILIES[family])
-    expected = torch.stack([logp_of_logits(plain, *s) for s in data.sequences])
+    coefficients = torch.tensor([1.0, -0.5, 2.0, 0.3]).double()
+    if family == "gemma2":
+        plain.set_attn_implementation("dense_float64")
+    expected = torch.stack([_logp_with_grad(plain, *s) for s in data.sequences])
+    params = list(plain.parameters())
+    expected_grad = torch.autograd.grad(expected @ coefficients, params)
     policy = Policy(plain)
     logp = policy(pack(data, range(4)))[0]
-    assert relative(logp.detach(), expected) < 1e-12
+    assert relative(logp.detach(), expected.detach()) < 1e-12
+    grad = torch.autograd.grad(logp @ coefficients, params)
+    flat, expected_flat = (torch.cat([g.reshape(-1) for g in x]) for x in (grad, expected_grad))
+    assert relative(flat, expected_flat) < 1e-7  # the norms of Gemma and Cohere are float32, their gradients too
     two = torch.cat([policy(pack(data, part))[0] for part in ([2, 0], [3, 1])])
-    assert relative(two.detach(), expected[[2, 0, 3, 1]]) < 1e-12
+    assert relative(two.detach(), expected[[2, 0, 3, 1]].detach()) < 1e-12
 
 
 def test_prompt_segments():
@@ -73,13 +103,14 @@ def test_prompt_segments():
 @pytest.mark.parametrize(
     "family, changes, message",
     [
-        ("gemma2", {}, r"softcap \(Gemma 2\) or sinks \(gpt-oss\) in attention"),
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "gives other log-probs packed than alone"),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, r"sinks \(gpt-oss\) in attention"),
+        ("mamba", {"state_size": 4}, "gives other log-probs packed than alone"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "can't keep packed sequences apart"),  # transformers says
     ],
 )
 def test_models_that_cannot_be_packed_are_refused(family, changes, message):
     with pytest.raises(ValueError, match=message):
-        Policy(tiny_model(family, **changes))
+        Policy(tiny_model(family, **changes).float())
 
 
 def test_gradients_of_lora_and_of_all_weights():

@@ -31,10 +31,16 @@ class _OneToken:
 class Pack:
     input_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (T,) int64, from 0 in each sequence
-    cu_seqlens: Tensor  # (S+1,) int32 offsets of the sequences in T; on the host, where attention splits by them
+    cu_seqlens: Tensor  # (S+1,) int32 offsets of the sequences in T; stays on the host
+    cu_seqlens_device: Tensor  # the same, beside the tokens: what attention kernels of GPUs read
     rows: Tensor  # (N,) int64 positions in T whose hidden state predicts a target
     targets: Tensor  # (N,) int64
     segments: Tensor  # (k * S + 1,) int64 offsets in N: S responses, then their S prompts where those are scored too
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.cu_seqlens.diff().max())
 
     def to(self, device: torch.device) -> "Pack":
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
@@ -75,10 +81,12 @@ def pack(data: TokenSource, responses: Sequence[int], with_prompts: bool = False
     if with_prompts:
         rows, targets = rows + prompt_rows, targets + prompt_targets
     lengths = [len(s) for s in sequences]
+    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
     return Pack(
         input_ids=_int64(sequences),
         position_ids=_int64([np.arange(n) for n in lengths]),
-        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_device=cu_seqlens,
         rows=_int64(rows),
         targets=_int64(targets),
         segments=torch.tensor(np.cumsum([0, *map(len, rows)])),

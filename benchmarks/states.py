@@ -59,7 +59,7 @@ def real(rows: int, sequences: int, device: torch.device, dtype: torch.dtype) ->
     model = load_model(MODEL, None, "float32", device)
     length = rows // sequences
     sides = ([], [])  # (hidden, targets) of chosen, of rejected
-    name, groups = _stories()
+    name, groups = stories()
     with torch.no_grad():
         for prompt, texts in groups:
             prompt_ids, responses = tokens.group_ids(prompt, texts, name)
@@ -79,7 +79,7 @@ def real(rows: int, sequences: int, device: torch.device, dtype: torch.dtype) ->
     return _case(f"SmolLM2-135M-Instruct, {name}", hidden, head, targets, sequences, device, dtype)
 
 
-def _stories() -> tuple[str, list[tuple[str, list[str]]]]:
+def stories() -> tuple[str, list[tuple[str, list[str]]]]:
     """Where they come from, and (prompt, texts) of each prompt."""
     from ddpo.data.importers import read_groups
 

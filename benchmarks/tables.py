@@ -118,6 +118,29 @@ def kernels(result: dict) -> str:
     )
 
 
+def step(result: dict) -> str:
+    """A table a case."""
+    parts = []
+    for case in result["cases"]:
+        whole = case["pairs_a_step"] > 2
+        first = next(iter(case["sides"].values()))
+        title = f"{case['pairs_a_step']} pairs a step, {case['tokens_a_step']:,} tokens in them"
+        zero = f"; {100 * case['zero_share']:.0f} % of the pairs have weight 0" if case["zero_share"] else ""
+        parts.append(f"**{case['name']}**: {title}, {case['rounds']} steps{zero}.")
+        rows = []
+        for name, entry in case["sides"].items():
+            seconds = "{:.2f} [{:.2f} {:.2f}]".format(*entry["seconds"])
+            pace = entry["pairs_per_s"] / first["pairs_per_s"] * first["tokens_per_s"]
+            rate = f"{entry['pairs_per_s']:.2f}" if whole else f"{pace:,.0f}"
+            faster = [f"{1 / entry[key]:.2f}x" for key in ("of_trl", "of_released")]
+            floor = sum(entry["floor_seconds"].values())
+            least = f"{floor:.2f}, {entry['floor_seconds']['attention']:.2f}"
+            rows.append([name, seconds, rate, *faster, mib(entry), least, f"{entry['of_floor']:.2f}"])
+        header = ["", "step, s [20 % 80 %]", "pairs/s" if whole else "tokens/s", "of TRL's speed", "of the release's"]
+        parts.append(markdown([*header, "peak MiB", "GEMM floor, of it attention, s", "step / floor"], rows))
+    return "\n\n".join(parts)
+
+
 # --- cells ------------------------------------------------------------------------------------------------
 
 

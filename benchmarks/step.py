@@ -10,6 +10,7 @@ wrong makes the exit status 1. Then they run interleaved in one process on the s
 
 import argparse
 import contextlib
+import gc
 import shutil
 import statistics
 import sys
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks import floor, measure, states, tables
 from benchmarks.floor import Traits
-from benchmarks.peers import CPU, Ours, Packed, Released, Row, Side, Trl, Work
+from benchmarks.peers import CPU, Ours, Packed, Released, Row, Side, Trl
 from ddpo.config import PrepareConfig, TrainConfig
 from ddpo.data import prepared
 from ddpo.data.groups import write_jsonl
@@ -68,9 +69,9 @@ class Case(NamedTuple):
 # --- data -------------------------------------------------------------------------------------------------
 
 
-def write_groups(path: Path, num_groups: int, most: int) -> str:
+def write_groups(path: Path, source: Path, num_groups: int, most: int) -> str:
     """Prompts with their stories and seeded random scores, no two alike -> where the stories come from."""
-    name, groups = states.stories()
+    name, groups = states.stories(source)
     rng = np.random.default_rng(0)
     if len(groups) < num_groups:
         raise ValueError(f"{name}: wanted {num_groups} prompts, got {len(groups)}")
@@ -84,46 +85,26 @@ def write_groups(path: Path, num_groups: int, most: int) -> str:
     return name
 
 
-def make_folders(root: Path, model: str, sizes: dict[str, tuple[int, int]], max_length: int) -> tuple[str, dict]:
+def make_folders(
+    root: Path, source: Path, model: str, sizes: dict[str, tuple[int, int]], max_length: int
+) -> tuple[str, dict]:
     """Prepared folders, each with a number of prompts and of stories each: 'both' (disjoint pairs, real weights),
     'ones' (the same pairs, weights 1), 'all' and 'few' (all pairs, weights 1) -> where the stories come from, folders.
     """
     found = {}
     for key, size in sizes.items():
-        source, out = root / f"{key}.jsonl", root / key
-        name = write_groups(source, *size)
+        groups, out = root / f"{key}.jsonl", root / key
+        name = write_groups(groups, source, *size)
         rule = {"gap": 1.0} if key == "both" else {"pairs": "all", "measures": ("style",)}
         with contextlib.redirect_stdout(sys.stderr):
             length = {"max_length": max_length, "too_long": "truncate"}
-            found[key] = prepare(PrepareConfig(source=str(source), out=str(out), model=model, **rule, **length))
+            found[key] = prepare(PrepareConfig(source=str(groups), out=str(out), model=model, **rule, **length))
     found["ones"] = Path(shutil.copytree(found["both"], root / "ones"))
     for key in found.keys() - {"both"}:
         data = Prepared(found[key])
         columns = {c: data.deviation[c].to_numpy() for c in data.deviation.column_names}
         prepared.weigh(found[key], {"pair_weight": np.ones(len(data.pairs)), "deviation": columns}, {})
     return name, found
-
-
-def tiny_model(folder: Path) -> str:
-    """A tokenizer of one token a byte, and two narrow layers of random weights."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = {"eos_token": "<|end|>", "pad_token": "<|end|>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + '<|end|>' }}{% endfor %}"
-    tokenizer.chat_template += "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
-    tokenizer.save_pretrained(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 257}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    config = AutoConfig.for_model("llama", **sizes, **heads, initializer_range=0.3, eos_token_id=256, pad_token_id=256)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return str(folder)
 
 
 # --- right ------------------------------------------------------------------------------------------------
@@ -225,7 +206,7 @@ def clock(case: Case, ours: Ours, sides: dict[str, Side], lora_r: int) -> dict:
             per_pair = taken[other].mean() / np.mean([len(w.pairs) for w in tasks[other]])
             entry[key] = measure.short(own.sum() / pairs.sum() / per_pair)
         largest = max(tasks[name], key=lambda w: w.num_tokens)
-        entry["extra_mib"] = measure.peak_extra_mib(partial(side_step, sides[name], largest), lambda: None, CPU)
+        entry["extra_mib"] = measure.peak_extra_mib(partial(sides[name].step, largest), lambda: None, CPU)
         report[name] = entry
     weights = np.concatenate([w.weight for w in works])
     return {
@@ -239,10 +220,6 @@ def clock(case: Case, ours: Ours, sides: dict[str, Side], lora_r: int) -> dict:
         },
         "sides": report,
     }
-
-
-def side_step(side: Side, work: Work) -> float:
-    return side.step(work)
 
 
 # --- command ----------------------------------------------------------------------------------------------
@@ -270,16 +247,17 @@ def ratio(a: dict, b: dict) -> float | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="steps timed; twice as many with real weights")
+    parser.add_argument("--data", type=Path, default=states.STORIES, help="groups with seven responses each")
     parser.add_argument("--quick", action="store_true", help="a tiny model of random weights, two rounds")
     parser.add_argument("--write", action="store_true", help="results/step.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        model = tiny_model(root / "tiny") if args.quick else find_model(PACKAGED)
+        model = states.tiny_model(root / "tiny") if args.quick else find_model(PACKAGED)
         rounds = (2, 2, 2) if args.quick else (args.rounds, 2 * args.rounds, args.rounds)
         prompts = -(-2 * max(*rounds, 6) // 3) + 1  # three disjoint pairs of seven stories, two a step
         sizes = {"both": (prompts, 7), "all": (rounds[2] + 1, 7), "few": (4, 4)}
-        name, folder = make_folders(root, model, sizes, 320 if args.quick else 512)
+        name, folder = make_folders(root, args.data, model, sizes, 320 if args.quick else 512)
         rows, n = tuple(ROWS), int(np.bincount(Prepared(folder["all"]).response_group).max())
         ones, both, few = (folder["ones"], 2, 3), (folder["both"], 2, 3), (folder["few"], 6, 1)
         cases = [
@@ -294,6 +272,7 @@ def main() -> int:
             for line in checked["broken"]:
                 status = 1
                 print(f"WRONG: {case.name}: {line}", file=sys.stderr)
+            gc.collect()  # a trainer holds itself in circles, and four models
             timed = clock(case, *build(case, case.folder, case.batch_size, model, root), LORA_R)
             result["cases"].append({"name": case.name, "check": checked, **timed})
     result |= summary(result)

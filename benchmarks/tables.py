@@ -4,6 +4,10 @@ VERSIONS = ("torch", "liger-kernel", "cut-cross-entropy")
 TRAINER = "drop_below 2^-16"  # the trainer's default on a CPU: ddpo.model.DROP_BELOW
 
 
+STEP_VERSIONS = ("torch", "transformers", "peft", "trl")
+MEMORY = ("eager", "linear_logp")
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -139,6 +143,54 @@ def step(result: dict) -> str:
         header = ["", "step, s [20 % 80 %]", "pairs/s" if whole else "tokens/s", "of TRL's speed", "of the release's"]
         parts.append(markdown([*header, "peak MiB", "GEMM floor, of it attention, s", "step / floor"], rows))
     return "\n\n".join(parts)
+
+
+def step_readme(result: dict) -> str:
+    """README's block of the training step: the tables, and what was checked."""
+    checks = [case["check"] for case in result["cases"]]
+    exact = max(error for check in checks for name, error in check["gradient"].items() if "drop_below" not in name)
+    default = max(error for check in checks for name, error in check["gradient"].items() if name.startswith("ddpo, "))
+    real = next(case for case in result["cases"] if case["zero_share"])
+    notes = [
+        f"{result['model']}, {result['data']}.",
+        f"Checked first: losses at most {max(check['losses_apart'] for check in checks):.0e} nats apart,",
+        f"gradients {percent(exact)} off float64's at most, with the default drop_below {percent(default)}.",
+        f"Of all pairs {100 * real['zero_share_of_all']:.0f} % have weight 0 under real weights.",
+        f"{result['machine']['threads']} threads of {result['machine']['cpu']},",
+        ", ".join(f"{name} {result['versions'][name]}" for name in STEP_VERSIONS if name in result["versions"]) + ",",
+        f"commit {result['commit']}: `benchmarks/results/step.json`.",
+    ]
+    return step(result) + "\n\n" + " ".join(notes)
+
+
+def scaling_readme(result: dict) -> str:
+    time, memory = result["time"], result["memory"]
+    first, last = (memory["points"][i] for i in (0, -1))
+    return " ".join(
+        [
+            f"A step of ddpo train on sequences of 512 tokens takes {time['fit']['seconds_per_1k_tokens']:.2f} s per",
+            f"1,000 tokens, from {time['points'][0]['tokens']:,} to {time['points'][-1]['tokens']:,} tokens in one batch",
+            f"(points off the line by {100 * max(map(abs, time['residuals'])):.0f} % at most; the last takes",
+            f"{time['last_over_first_per_token']:.2f} times the first's time per token). The head's forward and backward",
+            f"over {memory['rows']:,} rows of width {memory['D']} needs {mib_of(first, 'linear_logp')} MiB at a vocabulary",
+            f"of {first['V']:,} and {mib_of(last, 'linear_logp')} at {last['V']:,}; eager {mib_of(first, 'eager')} and",
+            f"{mib_of(last, 'eager')}. Commit {result['commit']}: `benchmarks/results/scaling.json`.",
+        ]
+    )
+
+
+def mib_of(point: dict, name: str) -> str:
+    return "?" if point[name] is None else f"{point[name]:,.0f}"
+
+
+def scaling(result: dict) -> str:
+    time, memory = result["time"], result["memory"]
+    rows = []
+    for point, off in zip(time["points"], time["residuals"], strict=True):
+        rows.append([f"{point['tokens']:,}", "{:.2f} [{:.2f} {:.2f}]".format(*point["seconds"]), f"{100 * off:+.1f} %"])
+    seconds = markdown(["tokens", "step, s [20 % 80 %]", "off the line"], rows)
+    rows = [[f"{p['V']:,}", *(mib_of(p, name) for name in MEMORY)] for p in memory["points"]]
+    return seconds + "\n\n" + markdown(["V", *(f"{name}, MiB" for name in MEMORY)], rows)
 
 
 # --- cells ------------------------------------------------------------------------------------------------

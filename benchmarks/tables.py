@@ -164,19 +164,15 @@ def step_readme(result: dict) -> str:
 
 
 def scaling_readme(result: dict) -> str:
-    time, memory = result["time"], result["memory"]
-    first, last = (memory["points"][i] for i in (0, -1))
-    return " ".join(
-        [
-            f"A step of ddpo train on sequences of 512 tokens takes {time['fit']['seconds_per_1k_tokens']:.2f} s per",
-            f"1,000 tokens, from {time['points'][0]['tokens']:,} to {time['points'][-1]['tokens']:,} tokens in one batch",
-            f"(points off the line by {100 * max(map(abs, time['residuals'])):.0f} % at most; the last takes",
-            f"{time['last_over_first_per_token']:.2f} times the first's time per token). The head's forward and backward",
-            f"over {memory['rows']:,} rows of width {memory['D']} needs {mib_of(first, 'linear_logp')} MiB at a vocabulary",
-            f"of {first['V']:,} and {mib_of(last, 'linear_logp')} at {last['V']:,}; eager {mib_of(first, 'eager')} and",
-            f"{mib_of(last, 'eager')}. Commit {result['commit']}: `benchmarks/results/scaling.json`.",
-        ]
-    )
+    """README's block: both tables, and the line through the first."""
+    time, off = result["time"], 100 * max(map(abs, result["time"]["residuals"]))
+    fit, per_token = time["fit"], time["last_over_first_per_token"]
+    notes = [
+        f"Line: {fit['seconds_at_0']:.2f} s + {fit['seconds_per_1k_tokens']:.2f} s per 1,000 tokens,",
+        f"{off:.0f} % off at most; the largest batch takes {per_token:.2f} times the smallest's time per token.",
+        f"Commit {result['commit']}: `benchmarks/results/scaling.json`.",
+    ]
+    return scaling(result) + "\n\n" + " ".join(notes)
 
 
 def mib_of(point: dict, name: str) -> str:

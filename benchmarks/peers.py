@@ -20,7 +20,7 @@ from ddpo.config import TrainConfig
 from ddpo.data.batches import pack
 from ddpo.data.prepared import Prepared
 from ddpo.loading import add_lora, load_model
-from ddpo.model import DROP_BELOW, Policy
+from ddpo.model import Policy, pick_drop_below
 from ddpo.ops import sequence_sum
 
 BETA, MAX_NORM, MICRO_PAIRS = 0.1, 1.0, 2  # MICRO_PAIRS: of one forward pass of TRL and the release
@@ -126,7 +126,7 @@ class Ours(Side):
 class Trl(Side):
     """trl.DPOTrainer as installed, in float32 and without gradient checkpointing, plus a weight a pair."""
 
-    def __init__(self, model_folder: str, tokenizer, cfg: TrainConfig, out: str, **changes):
+    def __init__(self, model_folder: str, tokenizer, cfg: TrainConfig, out: str):
         from datasets import Dataset, disable_progress_bars
         from peft import LoraConfig
         from trl import DPOConfig, DPOTrainer
@@ -138,7 +138,7 @@ class Trl(Side):
                     return super()._compute_loss(model, inputs, return_outputs)
 
         disable_progress_bars()
-        fair = {"bf16": False, "gradient_checkpointing": False, **changes}
+        fair = {"bf16": False, "gradient_checkpointing": False}
         settings = {"beta": BETA, "learning_rate": cfg.lr, "max_grad_norm": MAX_NORM, "seed": cfg.seed}
         quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
         lora = LoraConfig(
@@ -234,11 +234,8 @@ class Released(Side):
         double.params = {name: p for name, p in double.model.named_parameters() if p.requires_grad}
         double.model.zero_grad()
         for part in work.parts(1):
-            batch = {k: v.double() if k == "weight" else v for k, v in self.collated(part)[0].items()}
-            width = int(batch["attention_mask"].sum(1).max())
-            double.backward(
-                [{**{k: v[:, :width] for k, v in batch.items() if k != "weight"}, "weight": batch["weight"]}]
-            )
+            (batch,) = self.collated(part)
+            double.backward([{**batch, "weight": batch["weight"].double()}])
         for p in double.params.values():
             p.grad /= len(work.pairs)
         torch.nn.utils.clip_grad_norm_(double.params.values(), MAX_NORM)
@@ -290,7 +287,8 @@ class Packed(Side):
 
     def logp(self, batch) -> Tensor:
         if self.row.head != "logits":
-            self.policy.drop_below = DROP_BELOW if self.row.head == "drop_below" else 0.0
+            default = pick_drop_below(None, CPU, torch.float32)
+            self.policy.drop_below = default if self.row.head == "drop_below" else 0.0
             return self.policy(batch)
         logits = self.policy.causal(
             input_ids=batch.input_ids[None],

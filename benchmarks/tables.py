@@ -127,15 +127,13 @@ def step(result: dict) -> str:
     parts = []
     for case in result["cases"]:
         whole = case["pairs_a_step"] > 2
-        first = next(iter(case["sides"].values()))
         title = f"{case['pairs_a_step']} pairs a step, {case['tokens_a_step']:,} tokens in them"
         zero = f"; {100 * case['zero_share']:.0f} % of the pairs have weight 0" if case["zero_share"] else ""
         parts.append(f"**{case['name']}**: {title}, {case['rounds']} steps{zero}.")
         rows = []
         for name, entry in case["sides"].items():
             seconds = "{:.2f} [{:.2f} {:.2f}]".format(*entry["seconds"])
-            pace = entry["pairs_per_s"] / first["pairs_per_s"] * first["tokens_per_s"]
-            rate = f"{entry['pairs_per_s']:.2f}" if whole else f"{pace:,.0f}"
+            rate = f"{entry['pairs_per_s']:.2f}" if whole else f"{entry['tokens_per_s']:,.0f}"
             faster = [f"{1 / entry[key]:.2f}x" for key in ("of_trl", "of_released")]
             floor = sum(entry["floor_seconds"].values())
             least = f"{floor:.2f}, {entry['floor_seconds']['attention']:.2f}"

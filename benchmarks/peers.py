@@ -268,7 +268,7 @@ class Packed(Side):
         return side
 
     def packed(self, work: Work) -> list:
-        """Packed batches, and each sequence's row in the reference's cache; made once, not timed."""
+        """Packed batches, their pairs, weights, and responses (rows of the reference's cache); made once, not timed."""
         key = (id(work.data), work.number, work.pairs.tobytes())
         if key not in self.batches:
             self.batches[key] = [self._pack(part) for part in ([work] if self.row.unique else work.parts())]
@@ -283,13 +283,14 @@ class Packed(Side):
             prompt_ids=lambda i: work.data.prompt_ids(responses[i]),
             response_ids=lambda i: work.data.response_ids(responses[i]),
         )
-        return pack(source, np.arange(len(responses)), pairs, work.weight), torch.from_numpy(responses)
+        weight = torch.tensor(work.weight, dtype=torch.float32)
+        return pack(source, np.arange(len(responses))), torch.from_numpy(pairs), weight, torch.from_numpy(responses)
 
     def logp(self, batch) -> Tensor:
         if self.row.head != "logits":
             default = pick_drop_below(None, CPU, torch.float32)
             self.policy.drop_below = default if self.row.head == "drop_below" else 0.0
-            return self.policy(batch)
+            return self.policy(batch).reshape(-1)  # (S,)
         logits = self.policy.causal(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
@@ -300,13 +301,13 @@ class Packed(Side):
 
     def step(self, work: Work) -> float:
         total = 0.0
-        for batch, responses in self.packed(work):
+        for batch, pairs, weight, responses in self.packed(work):
             if self.row.cached:
                 ref_logp = self.ours.ref_logp[responses].float()
             else:
                 with torch.no_grad(), self.policy.reference():
                     ref_logp = self.logp(batch)
-            values = losses.ddpo(self.logp(batch), ref_logp, batch.pairs, batch.weight.float(), beta=BETA)
+            values = losses.ddpo(self.logp(batch), ref_logp, pairs, weight, beta=BETA)
             loss = values.sum() / len(work.pairs)
             loss.backward()
             total += float(loss.detach())

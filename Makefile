@@ -1,6 +1,6 @@
 # make demo   set up .venv and run the whole method once (runs/demo/)
 # make test   set up what is missing, then lint and test
-# make bench  the op beside other ways, under 15 minutes on two CPU cores; rewrites README's table
+# make bench  the op and a training step beside other ways, about an hour on two CPU cores; rewrites README's tables
 # On Linux without an NVIDIA GPU, PyPI's torch still carries CUDA; the CPU build of download.pytorch.org is smaller:
 #   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
@@ -20,9 +20,12 @@ test: lint
 	$(BIN)/pytest
 
 bench: $(SETUP)
-	$(BIN)/pip install -q liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+	$(BIN)/pip install -q liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 matplotlib
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.kernels --write
+	$(BIN)/python -m benchmarks.step --write
+	$(BIN)/python -m benchmarks.scaling --write
+	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.readme
 
 lint: $(SETUP)

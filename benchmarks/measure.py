@@ -18,7 +18,7 @@ from ddpo.log import card
 from ddpo.tune import event_ms
 
 RESULTS = Path(__file__).parent / "results"
-PEERS = ("liger-kernel", "cut-cross-entropy")
+PEERS = ("liger-kernel", "cut-cross-entropy", "trl", "accelerate")
 
 
 def interleaved(sides: dict[str, Callable], rounds: int, device: torch.device, slow=()) -> dict[str, np.ndarray]:

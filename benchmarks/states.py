@@ -59,7 +59,7 @@ def real(rows: int, sequences: int, device: torch.device, dtype: torch.dtype) ->
     model = load_model(MODEL, None, "float32", device)
     length = rows // sequences
     sides = ([], [])  # (hidden, targets) of chosen, of rejected
-    name, groups = _stories()
+    name, groups = stories()
     with torch.no_grad():
         for prompt, texts in groups:
             prompt_ids, responses = tokens.group_ids(prompt, texts, name)
@@ -79,13 +79,13 @@ def real(rows: int, sequences: int, device: torch.device, dtype: torch.dtype) ->
     return _case(f"SmolLM2-135M-Instruct, {name}", hidden, head, targets, sequences, device, dtype)
 
 
-def _stories() -> tuple[str, list[tuple[str, list[str]]]]:
+def stories(source: Path = STORIES) -> tuple[str, list[tuple[str, list[str]]]]:
     """Where they come from, and (prompt, texts) of each prompt."""
     from ddpo.data.importers import read_groups
 
-    if STORIES.is_file():
-        groups, _ = read_groups(str(STORIES))
-        return f"stories of {STORIES.name}", [(g.prompt, [r.text for r in g.responses]) for g in groups]
+    if source.is_file():
+        groups, _ = read_groups(str(source))
+        return f"stories of {source.name}", [(g.prompt, [r.text for r in g.responses]) for g in groups]
     groups, _ = read_groups(str(ROOT / "ddpo" / "demo" / "stories.jsonl"))
     texts = [[r.text for r in g.responses] for g in groups]  # short ones: several make one long enough
     joined = [["\n\n".join(t[i:] + t[:i]) for i in range(len(t))] for t in texts]
@@ -107,3 +107,25 @@ def random(rows: int, D: int, V: int, sequences: int, device: torch.device, dtyp
     drawn = [torch.multinomial(torch.softmax(h @ head.T, 1), 1, generator=g) for h in hidden.split(64)]
     targets = torch.cat(drawn)[:, 0]
     return _case(f"random, D {D:,}, V {V:,}", hidden, head, targets, sequences, device, dtype)
+
+
+def tiny_model(folder: Path) -> str:
+    """A tokenizer of one token a byte, and two narrow layers of random weights."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = {"eos_token": "<|end|>", "pad_token": "<|end|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + '<|end|>' }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 257}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = AutoConfig.for_model("llama", **sizes, **heads, initializer_range=0.3, eos_token_id=256, pad_token_id=256)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return str(folder)

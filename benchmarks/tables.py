@@ -4,6 +4,10 @@ VERSIONS = ("torch", "liger-kernel", "cut-cross-entropy")
 TRAINER = "drop_below 2^-16"  # the trainer's default on a CPU: ddpo.model.DROP_BELOW
 
 
+STEP_VERSIONS = ("torch", "transformers", "peft", "trl")
+MEMORY = ("eager", "linear_logp")
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -116,6 +120,71 @@ def kernels(result: dict) -> str:
     return (
         f"{shape}; GEMM {result['gemm_gflops'][0]:,.0f} GFLOP/s, copy {result['copy_gbytes'][0]:,.1f} GB/s\n\n{table}"
     )
+
+
+def step(result: dict) -> str:
+    """A table a case."""
+    parts = []
+    for case in result["cases"]:
+        whole = case["pairs_a_step"] > 2
+        title = f"{case['pairs_a_step']} pairs a step, {case['tokens_a_step']:,} tokens in them"
+        zero = f"; {100 * case['zero_share']:.0f} % of the pairs have weight 0" if case["zero_share"] else ""
+        parts.append(f"**{case['name']}**: {title}, {case['rounds']} steps{zero}.")
+        rows = []
+        for name, entry in case["sides"].items():
+            seconds = "{:.2f} [{:.2f} {:.2f}]".format(*entry["seconds"])
+            rate = f"{entry['pairs_per_s']:.2f}" if whole else f"{entry['tokens_per_s']:,.0f}"
+            faster = [f"{1 / entry[key]:.2f}x" for key in ("of_trl", "of_released")]
+            floor = sum(entry["floor_seconds"].values())
+            least = f"{floor:.2f}, {entry['floor_seconds']['attention']:.2f}"
+            rows.append([name, seconds, rate, *faster, mib(entry), least, f"{entry['of_floor']:.2f}"])
+        header = ["", "step, s [20 % 80 %]", "pairs/s" if whole else "tokens/s", "of TRL's speed", "of the release's"]
+        parts.append(markdown([*header, "peak MiB", "GEMM floor, of it attention, s", "step / floor"], rows))
+    return "\n\n".join(parts)
+
+
+def step_readme(result: dict) -> str:
+    """README's block of the training step: the tables, and what was checked."""
+    checks = [case["check"] for case in result["cases"]]
+    exact = max(error for check in checks for name, error in check["gradient"].items() if "drop_below" not in name)
+    default = max(error for check in checks for name, error in check["gradient"].items() if name.startswith("ddpo, "))
+    real = next(case for case in result["cases"] if case["zero_share"])
+    notes = [
+        f"{result['model']}, {result['data']}.",
+        f"Checked first: losses at most {max(check['losses_apart'] for check in checks):.0e} nats apart,",
+        f"gradients {percent(exact)} off float64's at most, with the default drop_below {percent(default)}.",
+        f"Of all pairs {100 * real['zero_share_of_all']:.0f} % have weight 0 under real weights.",
+        f"{result['machine']['threads']} threads of {result['machine']['cpu']},",
+        ", ".join(f"{name} {result['versions'][name]}" for name in STEP_VERSIONS if name in result["versions"]) + ",",
+        f"commit {result['commit']}: `benchmarks/results/step.json`.",
+    ]
+    return step(result) + "\n\n" + " ".join(notes)
+
+
+def scaling_readme(result: dict) -> str:
+    """README's block: both tables, and the line through the first."""
+    time, off = result["time"], 100 * max(map(abs, result["time"]["residuals"]))
+    fit, per_token = time["fit"], time["last_over_first_per_token"]
+    notes = [
+        f"Line: {fit['seconds_at_0']:.2f} s + {fit['seconds_per_1k_tokens']:.2f} s per 1,000 tokens,",
+        f"{off:.0f} % off at most; the largest batch takes {per_token:.2f} times the smallest's time per token.",
+        f"Commit {result['commit']}: `benchmarks/results/scaling.json`.",
+    ]
+    return scaling(result) + "\n\n" + " ".join(notes)
+
+
+def mib_of(point: dict, name: str) -> str:
+    return "?" if point[name] is None else f"{point[name]:,.0f}"
+
+
+def scaling(result: dict) -> str:
+    time, memory = result["time"], result["memory"]
+    rows = []
+    for point, off in zip(time["points"], time["residuals"], strict=True):
+        rows.append([f"{point['tokens']:,}", "{:.2f} [{:.2f} {:.2f}]".format(*point["seconds"]), f"{100 * off:+.1f} %"])
+    seconds = markdown(["tokens", "step, s [20 % 80 %]", "off the line"], rows)
+    rows = [[f"{p['V']:,}", *(mib_of(p, name) for name in MEMORY)] for p in memory["points"]]
+    return seconds + "\n\n" + markdown(["V", *(f"{name}, MiB" for name in MEMORY)], rows)
 
 
 # --- cells ------------------------------------------------------------------------------------------------

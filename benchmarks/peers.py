@@ -1,0 +1,315 @@
+"""The sides of benchmarks/step.py: one training step of TRL's DPOTrainer, of the released algorithm, of this library,
+and of the released algorithm with this library's ideas switched on one by one.
+
+All start from the same weights and adapter, see the same token ids, clip to the same norm and step AdamW.
+"""
+
+import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpo import losses, train
+from ddpo.config import TrainConfig
+from ddpo.data.batches import pack
+from ddpo.data.prepared import Prepared
+from ddpo.loading import add_lora, load_model
+from ddpo.model import Policy, pick_drop_below
+from ddpo.ops import sequence_sum
+
+BETA, MAX_NORM, MICRO_PAIRS = 0.1, 1.0, 2  # MICRO_PAIRS: of one forward pass of TRL and the release
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Work:
+    """The pairs of one optimiser step."""
+
+    number: int  # of the step in ours
+    data: Prepared
+    pairs: np.ndarray  # (P, 2) responses
+    weight: np.ndarray  # (P,)
+
+    def tokens(self, response: int) -> int:
+        return int(self.data.num_prompt_tokens[response] + self.data.num_tokens[response])
+
+    def parts(self, size: int = MICRO_PAIRS) -> list["Work"]:
+        cuts = range(0, len(self.pairs), size)
+        return [Work(self.number, self.data, self.pairs[a : a + size], self.weight[a : a + size]) for a in cuts]
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response of both responses of every pair."""
+        return sum(self.tokens(r) for r in self.pairs.ravel())
+
+
+class Side:
+    """params: name -> trained parameter, named alike on all sides; step(work) -> the step's loss."""
+
+    def __init__(self, model):
+        self.model = model
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = None
+
+    def load(self, params: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, p in self.params.items():
+                p.copy_(params[name])
+
+    def gradient(self, work: Work) -> dict[str, Tensor]:
+        """What the optimiser is given for this work (after clipping); parameters are as before afterwards."""
+        before, found = {name: p.detach().clone() for name, p in self.params.items()}, {}
+
+        def keep(*_):
+            found.update({name: p.grad.clone() for name, p in self.params.items()})
+
+        hook = self.optimizer.register_step_pre_hook(keep)
+        self.step(work)
+        hook.remove()
+        self.load(before)
+        return found
+
+    def finish(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.params.values(), MAX_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def adamw(params, lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True)
+
+
+# --- ours: all that touches ddpo.train ----------------------------------------------------------------------
+
+
+class Ours(Side):
+    """ddpo.train's own setup and step."""
+
+    def __init__(self, cfg: TrainConfig, run):
+        self.state = train.setup(cfg, 0, 1, run)
+        super().__init__(self.state.policy)
+        self.params = {name.removeprefix("model."): p for name, p in self.state.params.items()}
+        self.optimizer = self.state.optimizer
+
+    def work(self, step: int) -> Work:
+        schedule = self.state.schedule
+        items = schedule.items(step)
+        return Work(step, schedule.data, schedule.data.pairs[items], schedule.data.weight[items])
+
+    def step(self, work: Work) -> float:
+        self.state.step = work.number
+        told = train.step(self.state)
+        return dict(zip(told["names"], told["values"].read(), strict=False))["loss"]
+
+    @property
+    def drop_below(self) -> float:
+        return self.state.policy.drop_below
+
+    @drop_below.setter
+    def drop_below(self, value: float) -> None:
+        self.state.policy.drop_below = value
+
+    @property
+    def ref_logp(self) -> Tensor:
+        return self.state.ref_logp
+
+
+# --- TRL --------------------------------------------------------------------------------------------------
+
+
+class Trl(Side):
+    """trl.DPOTrainer as installed, in float32 and without gradient checkpointing, plus a weight a pair."""
+
+    def __init__(self, model_folder: str, tokenizer, cfg: TrainConfig, out: str):
+        from datasets import Dataset, disable_progress_bars
+        from peft import LoraConfig
+        from trl import DPOConfig, DPOTrainer
+
+        class Weighted(DPOTrainer):
+            def _compute_loss(self, model, inputs, return_outputs):
+                weight, plain = inputs.pop("weight"), F.logsigmoid  # the loss of a pair is -logsigmoid(...)
+                with patch.object(F, "logsigmoid", lambda x: weight * plain(x)):
+                    return super()._compute_loss(model, inputs, return_outputs)
+
+        disable_progress_bars()
+        fair = {"bf16": False, "gradient_checkpointing": False}
+        settings = {"beta": BETA, "learning_rate": cfg.lr, "max_grad_norm": MAX_NORM, "seed": cfg.seed}
+        quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+        lora = LoraConfig(
+            r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=list(cfg.lora_targets), task_type="CAUSAL_LM"
+        )
+        self.trainer = Weighted(
+            model=load_model(model_folder, None, "float32", CPU),
+            args=DPOConfig(out, use_cpu=True, max_length=None, **settings, **fair, **quiet),
+            train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),  # it insists on one
+            processing_class=tokenizer,
+            peft_config=lora,
+        )
+        super().__init__(self.trainer.model)
+        self.trainer.create_optimizer()
+        self.wrapped, self.prepared = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+        self.optimizer = getattr(self.prepared, "optimizer", self.prepared)
+        self.batches = {}
+
+    def collated(self, work: Work) -> list[dict]:
+        """TRL's own collation of the work, two pairs at a time; made once, not timed."""
+        key = (id(work.data), work.number, work.pairs.tobytes())
+        if key not in self.batches:
+            parts = work.parts()
+            self.batches[key] = [collate(self.trainer.data_collator, part) for part in parts]
+            for batch, part in zip(self.batches[key], parts, strict=True):  # a mean of unequal batches is the mean
+                batch["weight"] *= len(part.pairs) * len(parts) / len(work.pairs)
+        return [dict(batch) for batch in self.batches[key]]
+
+    def step(self, work: Work) -> float:
+        batches = self.collated(work)
+        self.trainer.current_gradient_accumulation_steps = len(batches)
+        loss = sum(self.trainer.training_step(self.wrapped, batch) for batch in batches)
+        self.trainer._clip_grad_norm(self.wrapped)
+        self.prepared.step()
+        self.wrapped.zero_grad()
+        return float(loss)
+
+
+def collate(collator, work: Work) -> dict[str, Tensor]:
+    ids = work.data.response_ids
+    examples = [
+        {
+            "prompt_ids": work.data.prompt_ids(c).tolist(),
+            "chosen_ids": ids(c).tolist(),
+            "rejected_ids": ids(r).tolist(),
+        }
+        for c, r in work.pairs
+    ]
+    return {**collator(examples), "weight": torch.tensor(work.weight, dtype=torch.float32)}
+
+
+# --- the released algorithm -------------------------------------------------------------------------------
+
+
+class Released(Side):
+    """DiversityTuning's step restated: chosen and rejected padded to one batch, all logits, log_softmax and gather,
+    the reference policy's forward at every step, each pair's loss times its weight. Without its metrics."""
+
+    def __init__(self, cfg: TrainConfig, collated):
+        model = load_model(cfg.model, cfg.adapter, "float32", CPU)
+        super().__init__(add_lora(model, cfg.lora_r, cfg.lora_alpha, 0.0, cfg.lora_targets, cfg.seed))
+        self.model.train()
+        self.optimizer = adamw(self.params.values(), cfg.lr)
+        self.collated = collated
+
+    def logp(self, batch: dict[str, Tensor]) -> Tensor:
+        ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
+        logits = self.model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits
+        logp = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]  # (2B, S - 1)
+        return (logp * mask).sum(1)
+
+    def step(self, work: Work) -> float:
+        loss = self.backward(self.collated(work))
+        self.finish()
+        return loss
+
+    def backward(self, batches: list[dict[str, Tensor]]) -> float:
+        total = 0.0
+        for batch in batches:
+            with torch.no_grad(), self.model.disable_adapter():
+                ref_chosen, ref_rejected = self.logp(batch).chunk(2)
+            chosen, rejected = self.logp(batch).chunk(2)
+            margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+            loss = (batch["weight"] * -F.logsigmoid(BETA * margin)).mean() / len(batches)
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def truth(self, work: Work) -> dict[str, Tensor]:
+        """The gradient in float64, clipped as in a step, a pair at a time for memory."""
+        double = copy.copy(self)
+        double.model = copy.deepcopy(self.model).double()
+        double.params = {name: p for name, p in double.model.named_parameters() if p.requires_grad}
+        double.model.zero_grad()
+        for part in work.parts(1):
+            (batch,) = self.collated(part)
+            double.backward([{**batch, "weight": batch["weight"].double()}])
+        for p in double.params.values():
+            p.grad /= len(work.pairs)
+        torch.nn.utils.clip_grad_norm_(double.params.values(), MAX_NORM)
+        return {name: p.grad for name, p in double.params.items()}
+
+
+class Row(NamedTuple):
+    """What is switched on beside no padding."""
+
+    head: str = "logits"  # 'logits' of all positions | 'exact' linear_logp of the responses' | 'drop_below'
+    cached: bool = False  # the reference's log-probs
+    unique: bool = False  # a response passes once, however many pairs use it
+
+
+class Packed(Side):
+    """The released algorithm on this library's packed policy; the rows share one policy and optimiser."""
+
+    def __init__(self, cfg: TrainConfig, ours: Ours):
+        model = load_model(cfg.model, cfg.adapter, "float32", CPU)
+        self.policy = Policy(add_lora(model, cfg.lora_r, cfg.lora_alpha, 0.0, cfg.lora_targets, cfg.seed))
+        super().__init__(self.policy.model)
+        self.policy.train()
+        self.optimizer = adamw(self.params.values(), cfg.lr)
+        self.ours, self.row, self.batches = ours, Row(), {}
+
+    def with_row(self, row: Row) -> "Packed":
+        """The same policy and optimiser under other switches."""
+        side = copy.copy(self)
+        side.row, side.batches = row, {}
+        return side
+
+    def packed(self, work: Work) -> list:
+        """Packed batches, their pairs, weights, and responses (rows of the reference's cache); made once, not timed."""
+        key = (id(work.data), work.number, work.pairs.tobytes())
+        if key not in self.batches:
+            self.batches[key] = [self._pack(part) for part in ([work] if self.row.unique else work.parts())]
+        return self.batches[key]
+
+    def _pack(self, work: Work):
+        responses = np.unique(work.pairs) if self.row.unique else work.pairs.ravel()
+        place = {r: i for i, r in enumerate(responses)}
+        pairs = np.array([[place[r] for r in pair] for pair in work.pairs])
+        pairs = pairs if self.row.unique else np.arange(work.pairs.size).reshape(-1, 2)
+        source = SimpleNamespace(
+            prompt_ids=lambda i: work.data.prompt_ids(responses[i]),
+            response_ids=lambda i: work.data.response_ids(responses[i]),
+        )
+        weight = torch.tensor(work.weight, dtype=torch.float32)
+        return pack(source, np.arange(len(responses))), torch.from_numpy(pairs), weight, torch.from_numpy(responses)
+
+    def logp(self, batch) -> Tensor:
+        if self.row.head != "logits":
+            default = pick_drop_below(None, CPU, torch.float32)
+            self.policy.drop_below = default if self.row.head == "drop_below" else 0.0
+            return self.policy(batch).reshape(-1)  # (S,)
+        logits = self.policy.causal(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens.tolist(),
+        ).logits[0]  # (T, V)
+        return sequence_sum(logits.log_softmax(-1)[batch.rows].gather(1, batch.targets[:, None])[:, 0], batch.segments)
+
+    def step(self, work: Work) -> float:
+        total = 0.0
+        for batch, pairs, weight, responses in self.packed(work):
+            if self.row.cached:
+                ref_logp = self.ours.ref_logp[responses].float()
+            else:
+                with torch.no_grad(), self.policy.reference():
+                    ref_logp = self.logp(batch)
+            values = losses.ddpo(self.logp(batch), ref_logp, pairs, weight, beta=BETA)
+            loss = values.sum() / len(work.pairs)
+            loss.backward()
+            total += float(loss.detach())
+        self.finish()
+        return total

@@ -291,12 +291,7 @@ class Packed(Side):
             default = pick_drop_below(None, CPU, torch.float32)
             self.policy.drop_below = default if self.row.head == "drop_below" else 0.0
             return self.policy(batch).reshape(-1)  # (S,)
-        logits = self.policy.causal(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens.tolist(),
-        ).logits[0]  # (T, V)
+        logits = self.policy.causal.get_output_embeddings()(self.policy.hidden(batch))  # (T, V)
         return sequence_sum(logits.log_softmax(-1)[batch.rows].gather(1, batch.targets[:, None])[:, 0], batch.segments)
 
     def step(self, work: Work) -> float:

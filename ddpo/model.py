@@ -89,36 +89,35 @@ class Policy(nn.Module):
 
     def forward(self, pack: Pack) -> Tensor:
         """(k, S) summed log-probs of the pack's responses, nats; a second row of their prompts if it scores them."""
+        head, config = self.causal.get_output_embeddings(), self.causal.config
         with self._precision(pack.input_ids.device):
-            return self._forward(pack)
+            logp = linear_logp(
+                self.hidden(pack)[pack.rows],  # (N, D)
+                head.weight,
+                pack.targets,
+                bias=head.bias,
+                scale=_logit_scale(config),
+                softcap=getattr(config, "final_logit_softcapping", None),
+                segments=pack.segments,
+                drop_below=self.drop_below,
+            )  # (N,)
+        return sequence_sum(logp, pack.segments).view(-1, len(pack.cu_seqlens) - 1)
 
-    def _precision(self, device: torch.device):
-        return torch.autocast(device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
-
-    def _forward(self, pack: Pack) -> Tensor:
-        causal = self.causal
-        hidden = causal.get_decoder()(
+    def hidden(self, pack: Pack) -> Tensor:
+        """(T, D) what the body gives the head, at every packed token."""
+        body = self.causal.get_decoder()
+        lengths = {"cu_seqlens": pack.cu_seqlens, "max_length_q": pack.max_seqlen, "max_length_k": pack.max_seqlen}
+        return body(
             input_ids=pack.input_ids[None],
             position_ids=pack.position_ids[None],
             use_cache=False,
             cu_seq_lens_q=pack.cu_seqlens_device,
             cu_seq_lens_k=pack.cu_seqlens_device,
-            max_length_q=pack.max_seqlen,
-            max_length_k=pack.max_seqlen,
-            cu_seqlens=pack.cu_seqlens,
-        ).last_hidden_state[0]  # (T, D)
-        head, config = causal.get_output_embeddings(), causal.config
-        logp = linear_logp(
-            hidden[pack.rows],  # (N, D)
-            head.weight,
-            pack.targets,
-            bias=head.bias,
-            scale=_logit_scale(config),
-            softcap=getattr(config, "final_logit_softcapping", None),
-            segments=pack.segments,
-            drop_below=self.drop_below,
-        )  # (N,)
-        return sequence_sum(logp, pack.segments).view(-1, len(pack.cu_seqlens) - 1)
+            **lengths,
+        ).last_hidden_state[0]
+
+    def _precision(self, device: torch.device):
+        return torch.autocast(device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
     @contextmanager
     def reference(self):

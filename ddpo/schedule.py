@@ -14,6 +14,8 @@ from ddpo.data.batches import Batch, consecutive, filler, first_fit, pack, share
 from ddpo.data.prepared import Prepared
 from ddpo.objective import Totals, weight_zero_is_zero
 
+MOST_TOKENS = 4096  # of a pack, where the settings name no number
+
 
 class Schedule:
     """Items are pairs, or responses under SFT. num_steps; totals(step); batches(step, rank, world).
@@ -23,8 +25,9 @@ class Schedule:
     while they hold at most batch_size items; a larger component is a step of its own.
     """
 
-    def __init__(self, data: Prepared, cfg: TrainConfig):
-        """Raises ValueError where the folder has no item for the method."""
+    def __init__(self, data: Prepared, cfg: TrainConfig, least_tokens: int = MOST_TOKENS):
+        """least_tokens: micro_tokens where the settings name none and every component fits into it. Raises ValueError
+        where the folder has no item for the method."""
         self.data, self.cfg = data, cfg
         self.sft = cfg.method == "sft"
         # (items, 1) or (items, 2) responses
@@ -37,7 +40,10 @@ class Schedule:
         skips = weight_zero_is_zero(cfg) and not cfg.forward_zero_weight
         self._forwarded = data.weight != 0 if skips else np.ones(len(self._members), bool)
         self._length = data.num_prompt_tokens + data.num_tokens - 1  # (R,) tokens that pass the model
-        self._items, self._offsets = _components(self._members, len(data.responses))
+        self._items, self._offsets, component = _components(self._members, len(data.responses))
+        used = self.forwarded_responses()
+        largest = int(np.bincount(component[used], self._length[used]).max(initial=0))  # tokens of a component
+        self.micro_tokens = cfg.micro_tokens or min(MOST_TOKENS, max(least_tokens, largest))
         per_epoch = [len(self._cuts(epoch)[1]) - 1 for epoch in range(cfg.epochs)]
         self._first_step = np.cumsum([0, *per_epoch])  # of each epoch
         self.num_steps = int(self._first_step[-1])
@@ -46,10 +52,10 @@ class Schedule:
         self._epoch: tuple = (-1, None, None)
 
     @classmethod
-    def of_all(cls, data: Prepared, cfg: TrainConfig) -> "Schedule":
+    def of_all(cls, data: Prepared, cfg: TrainConfig, least_tokens: int) -> "Schedule":
         """One step of all items."""
         everything = max(1, len(data.pairs), len(data.responses))
-        return cls(data, replace(cfg, batch_size=everything, epochs=1, max_steps=None))
+        return cls(data, replace(cfg, batch_size=everything, epochs=1, max_steps=None), least_tokens)
 
     def epoch(self, step: int) -> float:
         """Epochs done when `step` steps are."""
@@ -90,7 +96,7 @@ class Schedule:
         tokens = [int(self._length[r].sum()) for r in responses]
         plans = []  # of each process: of each batch: its components
         for share in share_out(tokens, world):
-            bins = first_fit([tokens[i] for i in share], self.cfg.micro_tokens)
+            bins = first_fit([tokens[i] for i in share], self.micro_tokens)
             plans.append([[share[i] for i in b] for b in bins])
         batches = []
         for place in itertools.zip_longest(*plans, fillvalue=[]):
@@ -104,7 +110,7 @@ class Schedule:
         if not chosen:
             return []
         together = np.concatenate([responses[i] for i in chosen])
-        return [together[i] for i in first_fit(self._length[together].tolist(), self.cfg.micro_tokens)]
+        return [together[i] for i in first_fit(self._length[together].tolist(), self.micro_tokens)]
 
     def _batch(self, items: list[np.ndarray], packs: list[np.ndarray], num_packs: int) -> Batch:
         with_prompts = self.cfg.method in ("orpo", "dorpo") and self.cfg.nll_tokens == "all"
@@ -140,13 +146,14 @@ class Schedule:
         return order, consecutive(np.diff(self._offsets)[order], self.cfg.batch_size)
 
 
-def _components(members: np.ndarray, num_responses: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items sorted by the connected component of their responses, and the components' offsets among them."""
+def _components(members: np.ndarray, num_responses: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Items sorted by the connected component of their responses, the components' offsets among them, and each
+    response's component."""
     edges = coo_array((np.ones(len(members), bool), (members[:, 0], members[:, -1])), shape=(num_responses,) * 2)
-    _, label = connected_components(edges, directed=False)
-    component = label[members[:, 0]]  # (items,)
-    items = np.argsort(component, kind="stable")
-    return items, np.concatenate([[0], np.flatnonzero(np.diff(component[items])) + 1, [len(items)]])
+    _, component = connected_components(edges, directed=False)
+    items = np.argsort(component[members[:, 0]], kind="stable")
+    changes = np.flatnonzero(np.diff(component[members[items, 0]])) + 1
+    return items, np.concatenate([[0], changes, [len(items)]]), component
 
 
 def lr_at(step: int, num_steps: int, cfg: TrainConfig) -> float:

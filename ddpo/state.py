@@ -15,7 +15,9 @@ from ddpo.loading import add_lora, find_model, load_model, pick_autocast
 from ddpo.model import Policy, pick_drop_below
 from ddpo.objective import needs_reference
 from ddpo.refcache import identity, reference_logp
-from ddpo.schedule import Schedule
+from ddpo.schedule import MOST_TOKENS, Schedule
+
+LEAST_TOKENS_CPU = 1024  # of a pack: more gain no time there, less do not keep the products busy
 
 
 @dataclass
@@ -51,8 +53,9 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
         torch.use_deterministic_algorithms(True)
     data = Prepared(cfg.data)
     tokens = check_tokenizer(cfg, data)
-    schedule = Schedule(data, cfg)
-    held_out = Schedule.of_all(check_held_out(cfg, data), cfg) if cfg.eval_data else None
+    least_tokens = LEAST_TOKENS_CPU if device.type == "cpu" else MOST_TOKENS
+    schedule = Schedule(data, cfg, least_tokens)
+    held_out = Schedule.of_all(check_held_out(cfg, data), cfg, least_tokens) if cfg.eval_data else None
     policy = build_policy(cfg, device)
     parts = {
         s: identity(policy, s.data, cfg.adapter) for s in (schedule, held_out) if s and needs_reference(cfg.method)
@@ -60,7 +63,7 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
     sharded = cfg.parallel == "fsdp" or (cfg.parallel == "auto" and not cfg.lora)
     policy = distributed.wrap(policy, "fsdp" if sharded else "ddp")
     ref_logp = {
-        s: reference_logp(policy, s.data, s.forwarded_responses(), cfg.micro_tokens, device, part)
+        s: reference_logp(policy, s.data, s.forwarded_responses(), s.micro_tokens, device, part)
         for s, part in parts.items()
     }
     params = {n: p for n, p in distributed.unwrap(policy).named_parameters() if p.requires_grad}

@@ -41,7 +41,8 @@ def test_shares_are_nearly_equal(sizes, n):
 
 def test_components():
     pairs = np.array([[0, 1], [4, 5], [1, 2], [7, 8], [5, 4], [9, 8]])
-    items, offsets = _components(pairs, 10)
+    items, offsets, component = _components(pairs, 10)
+    assert component[0] == component[2] != component[4] == component[5] and component[7] == component[9]
     found = {frozenset(items[a:b].tolist()) for a, b in itertools.pairwise(offsets)}
     assert found == {frozenset({0, 2}), frozenset({1, 4}), frozenset({3, 5})}
 
@@ -139,3 +140,15 @@ def test_steps_after_the_last_epoch_fraction(config):
     assert schedule.epoch(0) == 0 and schedule.epoch(schedule.num_steps) == 3
     assert np.all(np.diff([schedule.epoch(i) for i in range(schedule.num_steps + 1)]) > 0)
     assert Schedule(schedule.data, replace(config(epochs=3), max_steps=2)).num_steps == 2
+
+
+def test_pack_size_by_itself(config, make_prepared):
+    """Large enough for every component, and no larger than wanted; a number given is kept."""
+    data = make_prepared()
+    cfg = config(data=str(data.folder), micro_tokens=None, forward_zero_weight=True)
+    largest = max(int(b.num_inputs) for i in range(4) for b in Schedule(data, replace(cfg, batch_size=1)).batches(i))
+    assert 60 < largest < 1024
+    assert Schedule(data, cfg, 1).micro_tokens == largest
+    assert Schedule(data, cfg, 1024).micro_tokens == 1024 and Schedule(data, cfg).micro_tokens == 4096
+    assert Schedule(data, replace(cfg, micro_tokens=77), 1024).micro_tokens == 77
+    assert all(len(b.packs) == 1 for b in Schedule(data, cfg, 1).batches(0))

@@ -21,7 +21,7 @@ from ddpo.data.batches import pack
 from ddpo.data.prepared import Prepared
 from ddpo.loading import add_lora, load_model
 from ddpo.model import Policy, pick_drop_below
-from ddpo.ops import sequence_sum
+from ddpo.ops import linear_logp, sequence_sum
 
 BETA, MAX_NORM, MICRO_PAIRS = 0.1, 1.0, 2  # MICRO_PAIRS: of one forward pass of TRL and the release
 CPU = torch.device("cpu")
@@ -134,6 +134,7 @@ class Trl(Side):
         class Weighted(DPOTrainer):
             def _compute_loss(self, model, inputs, return_outputs):
                 weight, plain = inputs.pop("weight"), F.logsigmoid  # the loss of a pair is -logsigmoid(...)
+                del inputs["responses"], inputs["pairs"]
                 with patch.object(F, "logsigmoid", lambda x: weight * plain(x)):
                     return super()._compute_loss(model, inputs, return_outputs)
 
@@ -187,7 +188,28 @@ def collate(collator, work: Work) -> dict[str, Tensor]:
         }
         for c, r in work.pairs
     ]
-    return {**collator(examples), "weight": torch.tensor(work.weight, dtype=torch.float32)}
+    order = work.pairs.T.reshape(-1)  # chosen, then rejected
+    return {**collator(examples), **_terms(work, order, np.arange(len(order)).reshape(2, -1).T)}
+
+
+def collate_unique(work: Work) -> dict[str, Tensor]:
+    """Every response of the work once, padded on the right."""
+    responses = np.unique(work.pairs)
+    parts = [(work.data.prompt_ids(r), work.data.response_ids(r)) for r in responses]
+    length = max(len(prompt) + len(response) for prompt, response in parts)
+    batch = {name: torch.zeros(len(parts), length, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    batch["completion_mask"] = torch.zeros(len(parts), length, dtype=torch.int64)
+    for row, (prompt, response) in enumerate(parts):
+        ids = np.concatenate([prompt, response])
+        batch["input_ids"][row, : len(ids)] = torch.from_numpy(ids)
+        batch["attention_mask"][row, : len(ids)] = 1
+        batch["completion_mask"][row, len(prompt) : len(ids)] = 1
+    return {**batch, **_terms(work, responses, np.searchsorted(responses, work.pairs))}
+
+
+def _terms(work: Work, responses: np.ndarray, pairs: np.ndarray) -> dict[str, Tensor]:
+    weight = torch.tensor(work.weight, dtype=torch.float32)
+    return {"weight": weight, "responses": torch.tensor(responses), "pairs": torch.tensor(pairs)}
 
 
 # --- the released algorithm -------------------------------------------------------------------------------
@@ -195,7 +217,14 @@ def collate(collator, work: Work) -> dict[str, Tensor]:
 
 class Released(Side):
     """DiversityTuning's step restated: chosen and rejected padded to one batch, all logits, log_softmax and gather,
-    the reference policy's forward at every step, each pair's loss times its weight. Without its metrics."""
+    the reference policy's forward at every step, each pair's loss times its weight. Without its metrics.
+
+    `alone` gives the same policy and optimiser with one thing switched on.
+    """
+
+    fused = False  # linear_logp, exact, of the responses' rows
+    ref_logp: Tensor | None = None  # (R,) cached
+    unique = False  # a response passes once, however many pairs use it
 
     def __init__(self, cfg: TrainConfig, collated):
         model = load_model(cfg.model, cfg.adapter, "float32", CPU)
@@ -204,10 +233,23 @@ class Released(Side):
         self.optimizer = adamw(self.params.values(), cfg.lr)
         self.collated = collated
 
+    def alone(self, **switch) -> "Released":
+        side = copy.copy(self)
+        vars(side).update(switch)
+        if side.unique:
+            side.collated = lambda work: [collate_unique(work)]
+        return side
+
     def logp(self, batch: dict[str, Tensor]) -> Tensor:
+        """(S,)"""
         ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
-        logits = self.model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits
-        logp = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]  # (2B, S - 1)
+        inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"], "use_cache": False}
+        if self.fused:
+            causal, scored = self.model.get_base_model(), mask.bool()
+            rows = causal.get_decoder()(**inputs).last_hidden_state[:, :-1][scored]  # (N, D)
+            segments = F.pad(mask.sum(1).cumsum(0), (1, 0))
+            return sequence_sum(linear_logp(rows, causal.get_output_embeddings().weight, ids[:, 1:][scored]), segments)
+        logp = self.model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         return (logp * mask).sum(1)
 
     def step(self, work: Work) -> float:
@@ -218,11 +260,13 @@ class Released(Side):
     def backward(self, batches: list[dict[str, Tensor]]) -> float:
         total = 0.0
         for batch in batches:
-            with torch.no_grad(), self.model.disable_adapter():
-                ref_chosen, ref_rejected = self.logp(batch).chunk(2)
-            chosen, rejected = self.logp(batch).chunk(2)
-            margin = (chosen - ref_chosen) - (rejected - ref_rejected)
-            loss = (batch["weight"] * -F.logsigmoid(BETA * margin)).mean() / len(batches)
+            if self.ref_logp is not None:
+                ref_logp = self.ref_logp[batch["responses"]].float()
+            else:
+                with torch.no_grad(), self.model.disable_adapter():
+                    ref_logp = self.logp(batch)
+            chosen, rejected = (self.logp(batch) - ref_logp)[batch["pairs"]].unbind(1)
+            loss = (batch["weight"] * -F.logsigmoid(BETA * (chosen - rejected))).mean() / len(batches)
             loss.backward()
             total += float(loss.detach())
         return total
@@ -243,7 +287,7 @@ class Released(Side):
 
 
 class Row(NamedTuple):
-    """What is switched on beside no padding."""
+    """What is switched on beside no padding, one on top of the other."""
 
     head: str = "logits"  # 'logits' of all positions | 'exact' linear_logp of the responses' | 'drop_below'
     cached: bool = False  # the reference's log-probs
@@ -252,6 +296,10 @@ class Row(NamedTuple):
 
 class Packed(Side):
     """The released algorithm on this library's packed policy; the rows share one policy and optimiser."""
+
+    @property
+    def unique(self) -> bool:
+        return self.row.unique
 
     def __init__(self, cfg: TrainConfig, ours: Ours):
         model = load_model(cfg.model, cfg.adapter, "float32", CPU)

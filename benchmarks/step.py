@@ -37,17 +37,22 @@ LOSS = 1e-4  # nats
 GRADIENT = {"exact": 1e-3, "drop_below": 5e-2}  # relative L2 distance to float64
 LR, LORA_R = 5e-5, 16
 TRL, RELEASED, OURS = "TRL DPOTrainer", "released algorithm", "ddpo"
-ROWS = {  # cumulative
-    "+ no padding": Row(),
+ALONE = ("linear_logp alone", "cached reference alone", "unique responses alone")  # on the released algorithm
+ROWS = {  # on the released algorithm, each with those above it
+    "no padding": Row(),
     "+ linear_logp": Row("exact"),
     "+ drop_below": Row("drop_below"),
     "+ cached reference": Row("drop_below", cached=True),
     "+ unique responses": Row("drop_below", cached=True, unique=True),
 }
+PADDED = Traits(padded=True, scored_only=False, reference=True, unique=False)
 TRAITS = {
-    TRL: Traits(padded=True, scored_only=False, logits=2, reference=True, unique=False),
-    RELEASED: Traits(padded=True, scored_only=False, reference=True, unique=False),
-    "+ no padding": Traits(scored_only=False, reference=True, unique=False),
+    TRL: PADDED._replace(logits=2),
+    RELEASED: PADDED,
+    "linear_logp alone": PADDED._replace(scored_only=True),
+    "cached reference alone": PADDED._replace(reference=False),
+    "unique responses alone": PADDED._replace(unique=True),
+    "no padding": Traits(scored_only=False, reference=True, unique=False),
     "+ linear_logp": Traits(reference=True, unique=False),
     "+ drop_below": Traits(gradients=0, reference=True, unique=False),
     "+ cached reference": Traits(gradients=0, unique=False),
@@ -62,7 +67,7 @@ class Case(NamedTuple):
     batch_size: int
     rounds: int
     check: tuple[Path, int, int]  # another folder and batch size, where the check would be long; and steps
-    rows: tuple[str, ...] = ()  # of ROWS
+    rows: tuple[str, ...] = ()  # of ALONE and ROWS
     whole: bool = False  # a step is all pairs of a prompt; TRL and the release take two of them
 
 
@@ -128,7 +133,10 @@ def build(case: Case, folder: Path, batch_size: int, model: str, root: Path) -> 
     trl = Trl(model, tokenizer, cfg, str(root / "trl"))
     released = Released(cfg, trl.collated)
     packed = Packed(cfg, ours)
-    sides = {TRL: trl, RELEASED: released, **{name: packed.with_row(ROWS[name]) for name in case.rows}, OURS: ours}
+    switches = ({"fused": True}, {"ref_logp": ours.ref_logp}, {"unique": True})
+    rows = {name: released.alone(**switch) for name, switch in zip(ALONE, switches, strict=True)}
+    rows |= {name: packed.with_row(row) for name, row in ROWS.items()}
+    sides = {TRL: trl, RELEASED: released, **{name: rows[name] for name in case.rows}, OURS: ours}
     start = {name: p.detach().clone() for name, p in ours.params.items()}
     for side in sides.values():
         if side.params.keys() != start.keys():
@@ -181,7 +189,7 @@ def clock(case: Case, ours: Ours, sides: dict[str, Side], lora_r: int) -> dict:
     works = [ours.work(i) for i in range(case.rounds)]
     tasks = {}  # side -> the work of each round
     for name, side in sides.items():
-        whole = isinstance(side, Ours) or (isinstance(side, Packed) and side.row.unique)
+        whole = isinstance(side, Ours) or getattr(side, "unique", False)
         tasks[name] = [w if whole or not case.whole else w.parts()[i] for i, w in enumerate(works)]
     exact = {} if ours.drop_below else {"gradients": 1}  # without the C++ kernels there is no other head
     traits = {name: TRAITS[name]._replace(**exact) for name in sides}
@@ -261,12 +269,13 @@ def main() -> int:
         prompts = -(-2 * max(*rounds, 6) // 3) + 1  # three disjoint pairs of seven stories, two a step
         sizes = {"both": (prompts, 7), "all": (rounds[2] + 1, 7), "few": (4, 4)}
         name, folder = make_folders(root, args.data, model, sizes, 320 if args.quick else 512)
-        rows, n = tuple(ROWS), int(np.bincount(Prepared(folder["all"]).response_group).max())
+        rows, n = (*ALONE, *ROWS), int(np.bincount(Prepared(folder["all"]).response_group).max())
         ones, both, few = (folder["ones"], 2, 3), (folder["both"], 2, 3), (folder["few"], 6, 1)
+        name_all = f"all pairs of {n}, weights 1"
         cases = [
-            Case("disjoint pairs, weights 1", *ones[:2], rounds[0], ones, rows[:4]),
+            Case("disjoint pairs, weights 1", *ones[:2], rounds[0], ones, (*rows[:2], *rows[3:7])),
             Case("disjoint pairs, real weights", *both[:2], rounds[1], both),
-            Case(f"all pairs of {n}, weights 1", folder["all"], n * (n - 1) // 2, rounds[2], few, rows[3:], whole=True),
+            Case(name_all, folder["all"], n * (n - 1) // 2, rounds[2], few, (rows[2], *rows[6:]), whole=True),
         ]
         result = {**measure.setting(), "model": "tiny, random" if args.quick else "SmolLM2-135M-Instruct", "data": name}
         result["cases"], status = [], 0

@@ -45,7 +45,6 @@ def demo(cfg: DemoConfig) -> dict:
             method="ddpo",
             lr=cfg.lr,
             epochs=cfg.epochs,
-            micro_tokens=1024,
             seed=cfg.seed,
         )
     )

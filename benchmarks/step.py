@@ -15,6 +15,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,7 @@ LOSS = 1e-4  # nats
 GRADIENT = {"exact": 1e-3, "drop_below": 5e-2}  # relative L2 distance to float64
 LR, LORA_R = 5e-5, 16
 TRL, RELEASED, OURS = "TRL DPOTrainer", "released algorithm", "ddpo"
+ZEROS_TOO = "ddpo, pairs of weight 0 forwarded"
 ALONE = ("linear_logp alone", "cached reference alone", "unique responses alone")  # on the released algorithm
 ROWS = {  # on the released algorithm, each with those above it
     "no padding": Row(),
@@ -57,6 +59,7 @@ TRAITS = {
     "+ drop_below": Traits(gradients=0, reference=True, unique=False),
     "+ cached reference": Traits(gradients=0, unique=False),
     "+ unique responses": Traits(gradients=0),
+    ZEROS_TOO: Traits(gradients=0),
     OURS: Traits(gradients=0, skips_zeros=True),
 }
 
@@ -67,7 +70,7 @@ class Case(NamedTuple):
     batch_size: int
     rounds: int
     check: tuple[Path, int, int]  # another folder and batch size, where the check would be long; and steps
-    rows: tuple[str, ...] = ()  # of ALONE and ROWS
+    rows: tuple[str, ...] = ()  # of ALONE, ROWS and ZEROS_TOO
     whole: bool = False  # a step is all pairs of a prompt; TRL and the release take two of them
 
 
@@ -136,6 +139,8 @@ def build(case: Case, folder: Path, batch_size: int, model: str, root: Path) -> 
     switches = ({"fused": True}, {"ref_logp": ours.ref_logp}, {"unique": True})
     rows = {name: released.alone(**switch) for name, switch in zip(ALONE, switches, strict=True)}
     rows |= {name: packed.with_row(row) for name, row in ROWS.items()}
+    if ZEROS_TOO in case.rows:
+        rows[ZEROS_TOO] = Ours(replace(cfg, forward_zero_weight=True), root / "no-run")
     sides = {TRL: trl, RELEASED: released, **{name: rows[name] for name in case.rows}, OURS: ours}
     start = {name: p.detach().clone() for name, p in ours.params.items()}
     for side in sides.values():
@@ -161,7 +166,7 @@ def check(ours: Ours, sides: dict[str, Side], steps: int) -> dict:
     truth = sides[RELEASED].truth(work)
     errors = {}
     for name, side in sides.items():
-        approximates = isinstance(side, Packed) and side.row.head == "drop_below"
+        approximates = name == ZEROS_TOO or (isinstance(side, Packed) and side.row.head == "drop_below")
         errors[name] = distance(side.gradient(work), truth)
         if not errors[name] <= GRADIENT["drop_below" if approximates else "exact"]:
             broken.append(f"{name}: gradient {errors[name]:.2g} off float64's")
@@ -274,7 +279,7 @@ def main() -> int:
         name_all = f"all pairs of {n}, weights 1"
         cases = [
             Case("disjoint pairs, weights 1", *ones[:2], rounds[0], ones, (*rows[:2], *rows[3:7])),
-            Case("disjoint pairs, real weights", *both[:2], rounds[1], both),
+            Case("disjoint pairs, real weights", *both[:2], rounds[1], both, (ZEROS_TOO,)),
             Case(name_all, folder["all"], n * (n - 1) // 2, rounds[2], few, (rows[2], *rows[6:]), whole=True),
         ]
         result = {**measure.setting(), "model": "tiny, random" if args.quick else "SmolLM2-135M-Instruct", "data": name}

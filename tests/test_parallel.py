@@ -10,20 +10,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import metrics, relative, same_bits, tiny_model, tiny_tokenizer, weights_of
+from safetensors.torch import load_file
 
 from ddpo import checkpoint
-from ddpo.config import to_yaml
+from ddpo.config import WeighConfig, to_yaml
+from ddpo.data.prepared import Prepared
+from ddpo.prepare import weigh
 from ddpo.train import train as run_training
+
+
+def torchrun(*arguments, ranks=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
 
 
 def launch(cfg, *more, ranks=2):
     path = Path(cfg.out).with_suffix(".yaml")
     path.write_text(to_yaml(cfg))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "ddpo.train", "--config", str(path), *more]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return torchrun("ddpo.train", "--config", str(path), *more, ranks=ranks)
 
 
 def finished(process):
@@ -140,3 +149,31 @@ def test_another_kind_of_checkpoint_is_refused(config):
     process = launch(replace(cfg, parallel="fsdp"), "--resume")
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "started with other settings (parallel)" in out
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_reference_log_probs_are_shared_out(config, make_prepared, parallel):
+    """Three processes, more than some rounds of packs, fill the cache that one would."""
+    data = make_prepared()
+    cfg = config(data=str(data.folder), max_steps=1, micro_tokens=60)
+    run_training(cfg)
+    (path,) = data.folder.glob("reference-*.safetensors")
+    alone = load_file(path)["logp"]
+    path.unlink()
+    out = finished(launch(replace(cfg, out=f"{cfg.out}-three"), "--parallel", parallel, ranks=3))
+    assert out.count("reference log-probs") >= 1
+    together = load_file(path)["logp"]
+    assert torch.equal(alone.isnan(), together.isnan()) and relative(alone.nan_to_num(), together.nan_to_num()) < 1e-12
+
+
+def test_prepare_shares_out_the_embeddings(make_prepared, tmp_path):
+    """The same folder, by hash, as one process makes; weighing too."""
+    alone = make_prepared()
+    settings = alone.manifest["settings"]
+    options = [f"--{key}={settings[key]}" for key in ("model", "pairs", "gap")]
+    folder = str(tmp_path / "three")
+    finished(torchrun("ddpo", "prepare", settings["source"], "--out", folder, "--measures", "style", *options, ranks=3))
+    assert Prepared(folder).manifest["content_hash"] == alone.manifest["content_hash"]
+    finished(torchrun("ddpo", "weigh", folder, "--measures", "style", "--min-deviation", "0.5"))
+    weigh(WeighConfig(folder=str(alone.folder), measures=("style",), min_deviation=0.5))
+    assert Prepared(folder).weight.tolist() == Prepared(alone.folder).weight.tolist()

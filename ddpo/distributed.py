@@ -1,6 +1,7 @@
 """One process or many under torchrun: who I am, what wraps the policy, and what all of us do together."""
 
 import os
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpo import log
 
 T = TypeVar("T")
+TIMEOUT = timedelta(hours=1)  # the others wait while the first process writes a large model
 
 
 def start() -> tuple[int, int]:
@@ -21,9 +23,10 @@ def start() -> tuple[int, int]:
     if world > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device())  # gloo: to agree without the GPU
+            # gloo: to agree on something without the GPU
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device(), timeout=TIMEOUT)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=TIMEOUT)
         log.console.quiet = dist.get_rank() > 0
     return (dist.get_rank(), world) if dist.is_initialized() else (0, 1)
 

@@ -44,11 +44,12 @@ def reference_logp(
     Args: policy, wrapped or not; needed (n,) responses; max_tokens of a pack; parts: see `identity`.
     """
     path = data.folder / f"reference-{hashlib.sha256(str(sorted(parts.items())).encode()).hexdigest()[:16]}.safetensors"
-    known = load_file(path)["logp"].copy() if path.exists() else np.full(len(data.responses), np.nan)
+    first = distributed.start()[0] == 0
+    known = load_file(path)["logp"].copy() if first and path.exists() else np.full(len(data.responses), np.nan)
+    known = distributed.from_first(known)  # the file may be another run's to write just now
     missing = needed[np.isnan(known[needed])]
     if not len(missing):
         return torch.from_numpy(known).to(device)
-    first = distributed.start()[0] == 0
     if why := _why_anew(path, parts):
         log.console.print(why)
     found = np.full((2, len(known)), 0.0)  # this process's log-probs, and a 1 for each

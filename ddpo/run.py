@@ -11,7 +11,9 @@ from ddpo import log
 from ddpo.config import TrainConfig, to_yaml
 from ddpo.files import new_file, write_json
 
-MAY_CHANGE = ("resume", "data", "out", "save_every", "keep_checkpoints", "track")  # between a run and its resumption
+MAY_CHANGE = (  # between a run and its resumption
+    *("resume", "data", "out", "save_every", "keep_checkpoints", "track", "eval_data", "eval_every", "max_skips"),
+)
 
 
 def check_run(cfg: TrainConfig) -> Path:

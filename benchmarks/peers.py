@@ -5,6 +5,7 @@ All start from the same weights and adapter, see the same token ids, clip to the
 """
 
 import copy
+import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -27,7 +28,7 @@ BETA, MAX_NORM, MICRO_PAIRS = 0.1, 1.0, 2  # MICRO_PAIRS: of one forward pass of
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work:
     """The pairs of one optimiser step."""
 
@@ -75,6 +76,9 @@ class Side:
         self.load(before)
         return found
 
+    def collate(self, work: Work) -> None:
+        """Makes the tensors of a work, once: they are kept and not timed."""
+
     def finish(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.params.values(), MAX_NORM)
         self.optimizer.step()
@@ -106,6 +110,20 @@ class Ours(Side):
         self.state.step = work.number
         told = train.step(self.state)
         return dict(zip(told["names"], told["values"].read(), strict=False))["loss"]
+
+    def first_epoch(self) -> "Ours":
+        """The same policy, whose steps compute their reference log-probs too, as the first run over a folder does."""
+        side = copy.copy(self)
+        side.step = lambda work: (side._reference(work), self.step(work))[1]
+        return side
+
+    @torch.no_grad()
+    def _reference(self, work: Work) -> None:
+        state = self.state
+        with state.policy.reference():
+            for batch in state.schedule.batches(work.number):
+                for packed in batch.packs:
+                    state.policy(packed)
 
     @property
     def drop_below(self) -> float:
@@ -167,6 +185,8 @@ class Trl(Side):
             for batch, part in zip(self.batches[key], parts, strict=True):  # a mean of unequal batches is the mean
                 batch["weight"] *= len(part.pairs) * len(parts) / len(work.pairs)
         return [dict(batch) for batch in self.batches[key]]
+
+    collate = collated
 
     def step(self, work: Work) -> float:
         batches = self.collated(work)
@@ -237,7 +257,7 @@ class Released(Side):
         side = copy.copy(self)
         vars(side).update(switch)
         if side.unique:
-            side.collated = lambda work: [collate_unique(work)]
+            side.collated = functools.cache(lambda work: [collate_unique(work)])
         return side
 
     def logp(self, batch: dict[str, Tensor]) -> Tensor:
@@ -251,6 +271,9 @@ class Released(Side):
             return sequence_sum(linear_logp(rows, causal.get_output_embeddings().weight, ids[:, 1:][scored]), segments)
         logp = self.model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         return (logp * mask).sum(1)
+
+    def collate(self, work: Work) -> None:
+        self.collated(work)
 
     def step(self, work: Work) -> float:
         loss = self.backward(self.collated(work))
@@ -321,6 +344,8 @@ class Packed(Side):
         if key not in self.batches:
             self.batches[key] = [self._pack(part) for part in ([work] if self.row.unique else work.parts())]
         return self.batches[key]
+
+    collate = packed
 
     def _pack(self, work: Work):
         responses = np.unique(work.pairs) if self.row.unique else work.pairs.ravel()

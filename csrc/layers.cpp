@@ -29,7 +29,7 @@ constexpr int64_t kSumRows = 64;     // rows whose part of the weight's gradient
 int64_t grain_of_rows(int64_t row) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row)); }
 
 void check_norm(const at::Tensor& x, const at::Tensor& weight) {
-  TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1 && x.size(-1) == weight.size(0) && x.dtype() == weight.dtype(),
+  TORCH_CHECK_VALUE(x.dim() >= 1 && weight.dim() == 1 && x.size(-1) == weight.size(0) && x.dtype() == weight.dtype(),
               "rms_norm: wanted x (..., D) and weight (D,) of one dtype, got ", x.dtype(), " ", x.sizes(), " and ",
               weight.dtype(), " ", weight.sizes());
 }
@@ -67,7 +67,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_bwd(const at::Tensor& dy_in, const a
   check_norm(x_in, weight_in);
   const at::Tensor dy = dy_in.contiguous(), x = x_in.contiguous(), weight = weight_in.contiguous();
   const int64_t D = weight.size(0), T = D ? x.numel() / D : 0, blocks = (T + kSumRows - 1) / kSumRows;
-  TORCH_CHECK(dy.sizes() == x.sizes() && dy.dtype() == x.dtype() && rstd.numel() == T,
+  TORCH_CHECK_VALUE(dy.sizes() == x.sizes() && dy.dtype() == x.dtype() && rstd.numel() == T,
               "rms_norm: wanted dy like x ", x.sizes(), " and rstd (", T, ",), got ", dy.sizes(), " and ", rstd.sizes());
   at::Tensor dx = at::empty(x.sizes(), x.options());
   at::Tensor parts = at::zeros({want_weight ? blocks : 0, D}, x.options());  // of dw, by block of rows
@@ -94,11 +94,15 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_bwd(const at::Tensor& dy_in, const a
       }
     });
   });
-  return {dx, want_weight ? parts.sum(0) : at::empty({0}, x.options())};
+  at::Tensor dw = at::zeros({want_weight ? D : 0}, x.options());
+  if (want_weight) {
+    for (int64_t block = 0; block < blocks; ++block) dw.add_(parts[block]);  // in this order, whatever the threads
+  }
+  return {dx, dw};
 }
 
 void check_gated(const at::Tensor& gate, const at::Tensor& up) {
-  TORCH_CHECK(gate.sizes() == up.sizes() && gate.dtype() == up.dtype(), "silu_mul: wanted gate and up alike, got ",
+  TORCH_CHECK_VALUE(gate.sizes() == up.sizes() && gate.dtype() == up.dtype(), "silu_mul: wanted gate and up alike, got ",
               gate.dtype(), " ", gate.sizes(), " and ", up.dtype(), " ", up.sizes());
 }
 
@@ -131,7 +135,7 @@ std::tuple<at::Tensor, at::Tensor> silu_mul_bwd(const at::Tensor& dy_in, const a
                                                 const at::Tensor& up_in) {
   check_gated(gate_in, up_in);
   const at::Tensor dy = dy_in.contiguous(), gate = gate_in.contiguous(), up = up_in.contiguous();
-  TORCH_CHECK(dy.sizes() == gate.sizes() && dy.dtype() == gate.dtype(), "silu_mul: dy must be like gate ",
+  TORCH_CHECK_VALUE(dy.sizes() == gate.sizes() && dy.dtype() == gate.dtype(), "silu_mul: dy must be like gate ",
               gate.sizes(), ", got ", dy.sizes());
   at::Tensor dgate = at::empty(gate.sizes(), gate.options()), dup = at::empty(gate.sizes(), gate.options());
   AT_DISPATCH_FLOATING_TYPES(gate.scalar_type(), "silu_mul_bwd", [&] {
@@ -164,11 +168,11 @@ std::tuple<at::Tensor, at::Tensor> rotary(const at::Tensor& q_in, const at::Tens
     return x.dim() == 4 && x.size(0) == q_in.size(0) && x.size(2) == q_in.size(2) && x.size(3) == q_in.size(3) &&
            x.dtype() == q_in.dtype();
   };
-  TORCH_CHECK(fits(q_in) && fits(k_in) && q_in.size(3) % 2 == 0, "rotary: wanted q and k (B, heads, T, d) with d even, "
+  TORCH_CHECK_VALUE(fits(q_in) && fits(k_in) && q_in.size(3) % 2 == 0, "rotary: wanted q and k (B, heads, T, d) with d even, "
               "got ", q_in.dtype(), " ", q_in.sizes(), " and ", k_in.dtype(), " ", k_in.sizes());
   const int64_t B = q_in.size(0), T = q_in.size(2), half = q_in.size(3) / 2;
   for (const at::Tensor& angle : {cos_in, sin_in}) {
-    TORCH_CHECK(angle.dim() == 3 && (angle.size(0) == B || angle.size(0) == 1) && angle.size(1) == T &&
+    TORCH_CHECK_VALUE(angle.dim() == 3 && (angle.size(0) == B || angle.size(0) == 1) && angle.size(1) == T &&
                     angle.size(2) == 2 * half && angle.dtype() == q_in.dtype(),
                 "rotary: wanted cos and sin ", q_in.dtype(), " (", B, " or 1, ", T, ", ", 2 * half, "), got ",
                 angle.dtype(), " ", angle.sizes());

@@ -6,15 +6,18 @@ ddpo.ops.packed_attention. Nothing here waits for a GPU: offsets and lengths com
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from ddpo import log
 from ddpo.ops import attention as op
 
 MAX_WIDTH = 256  # of a head, in both libraries' kernels
+_windows: set[int | None] | None = None  # see windows_seen
 
 
 def packed_attention(
@@ -39,9 +42,13 @@ def packed_attention(
     The sequences' offsets (S+1,) come as `cu_seqlens` on the host and as int32 `cu_seq_lens_q` beside the tokens, the
     longest sequence's tokens as the int `max_length_q`.
     """
+    if _windows is not None:
+        _windows.add(sliding_window)
     if s_aux is not None:
         raise ValueError("models with sinks (gpt-oss) in attention are not supported")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d), a view
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     library = pick_library(q, v, softcap, dropout)
     if library == "flash-attn":
         out = _by_flash_attn(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window, softcap, dropout)
@@ -50,8 +57,20 @@ def packed_attention(
     else:
         options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "dropout": dropout}
         out = op.packed_attention(q, k, v, cu_seqlens, **options)
-    _say(library or ("C++" if op.runs_cpp(q, dropout) else "PyTorch, a sequence at a time"))
+    if not torch.compiler.is_compiling():
+        _say(library or ("C++" if op.runs_cpp(q, dropout) else "PyTorch, a sequence at a time"))
     return out[None], None
+
+
+@contextmanager
+def windows_seen() -> Iterator[set[int | None]]:
+    """Fills with the sliding windows that layers ask for inside."""
+    global _windows
+    _windows = seen = set()
+    try:
+        yield seen
+    finally:
+        _windows = None
 
 
 def pick_library(q, v, softcap, dropout) -> str | None:
@@ -60,7 +79,7 @@ def pick_library(q, v, softcap, dropout) -> str | None:
     d = q.shape[-1]
     if not (q.is_cuda and half and v.shape[-1] == d <= MAX_WIDTH and _is_ampere(q.device)):
         return None
-    if _flash_attn() is not None:
+    if _flash_attn() is not None and not (softcap and dropout):
         return "flash-attn"
     return "torch" if d % 8 == 0 and softcap is None and dropout == 0 else None
 
@@ -120,5 +139,4 @@ def _say(which: str) -> None:
         log.console.print(f"attention: {which}")
 
 
-AttentionInterface.register("ddpo_packed", packed_attention)
-AttentionMaskInterface.register("ddpo_packed", lambda *args, **kwargs: None)  # packed_attention masks by itself
+AttentionInterface.register("ddpo_packed", packed_attention)  # no mask is registered: then transformers makes none

@@ -22,12 +22,11 @@ FOLDER = "checkpoints"
 FILE = "state.safetensors"  # of what is not shared out
 
 
-def save(run: Path, step: int, params: dict[str, torch.nn.Parameter], optimizer, extra: dict, keep: int) -> Path:
-    """Writes checkpoints/step-N whole or not at all, then removes all but the `keep` newest. All processes call it.
-
-    extra: what load_last gives back, and checks where it is called with the same key.
+def save(run: Path, step: int, params: dict[str, torch.nn.Parameter], optimizer, extra: dict, keep: int) -> None:
+    """Writes checkpoints/step-N whole or not at all, then removes later ones (damaged, or of a run gone on from before
+    them) and all but the `keep` newest. All processes call it. extra: what load_last gives back beside the step.
     """
-    first = distributed.start()[0] == 0
+    first = distributed.is_first()
     path = run / FOLDER / f"step-{step:08d}"
     with new_folder(path, overwrite=True) if first else nullcontext() as draft:
         draft = distributed.from_first(draft)
@@ -42,10 +41,11 @@ def save(run: Path, step: int, params: dict[str, torch.nn.Parameter], optimizer,
             state = {"step": step, **extra, "sha256": hashes}
             write_json(draft / "state.json", {**state, "seal": _seal(state)})
     if first:
-        for old in steps(run)[:-keep]:
+        found = steps(run)
+        end = found.index(path) + 1
+        for old in (*found[end:], *found[:end][:-keep]):
             shutil.rmtree(old)
     distributed.barrier()
-    return path
 
 
 def tensors(params: dict[str, torch.nn.Parameter], optimizer) -> dict[str, torch.Tensor]:
@@ -67,7 +67,11 @@ def load_last(run: Path, params: dict[str, torch.nn.Parameter], optimizer, data_
 
     Raises: ValueError where all are damaged, or it is of another model or other data.
     """
-    path = distributed.from_first(_last_whole(run) if distributed.start()[0] == 0 else None)
+    if first := distributed.is_first():
+        drafts = ((run / FOLDER).glob(".step-*"), run.glob(".adapter.*"), run.glob(".model.*"))
+        for draft in (d for found in drafts for d in found):  # of saves that were killed
+            shutil.rmtree(draft)
+    path = distributed.from_first(_last_whole(run) if first else None)
     if path is None:
         return {"step": 0}
     state = read_json(path / "state.json")

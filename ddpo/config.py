@@ -19,19 +19,9 @@ class _Checked:
     """Numbers that only make sense above zero are checked wherever a config is made."""
 
     _POSITIVE = (
-        *("max_pairs", "max_length", "epochs", "batch_size", "micro_tokens", "lr", "beta", "lora_r", "lora_alpha"),
-        "eval_every",
-        *(
-            "keep_checkpoints",
-            "max_steps",
-            "num_samples",
-            "rows",
-            "max_new_tokens",
-            "temperature",
-            "top_p",
-            "repetition_penalty",
-        ),
-    )
+        "max_pairs max_length epochs batch_size micro_tokens lr beta lora_r lora_alpha eval_every keep_checkpoints "
+        "max_steps num_samples rows max_new_tokens temperature top_p repetition_penalty"
+    ).split()
 
     def __post_init__(self):
         for name in self._POSITIVE:
@@ -190,10 +180,11 @@ class TrainConfig(_Checked):
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's norm, rotary and MLP kernels; auto: on GPUs where liger-kernel is installed."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Several processes: a copy of the weights in each (ddp) or a share (fsdp); auto: ddp for LoRA, fsdp for all
-    weights."""
+    """Several processes: a copy of the weights in each (ddp) or a share (fsdp; while loading, each holds them whole);
+    auto: ddp for LoRA, fsdp for all weights."""
     deterministic: bool = False
-    """The same bits on every run on a GPU too, and so after --resume; slower. On CPUs always."""
+    """The same bits on every run on a GPU too, and so after --resume; slower, and for the whole process. On CPUs they
+    always are."""
     max_skips: int = 10
     """Steps of a run that may be skipped because loss or gradient is not finite; one more ends it. What they held is
     written to skipped.jsonl."""
@@ -382,7 +373,8 @@ def run_command(run: Callable, cls: type, prog: str, positional: str | None, arg
     except (ValueError, OSError) as err:
         if os.environ.get("DDPO_TRACEBACK"):
             raise
-        print(f"error: {err}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {err}" if rank == "0" else f"rank {rank}: error: {err}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -19,8 +19,8 @@ TIMEOUT = timedelta(hours=1)  # the others wait while the first process writes a
 
 def start() -> tuple[int, int]:
     """(rank, world size); joins the process group where torchrun started several, of which the first alone speaks."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not dist.is_initialized():
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
             # gloo: to agree on something without the GPU
@@ -28,7 +28,11 @@ def start() -> tuple[int, int]:
         else:
             dist.init_process_group("gloo", timeout=TIMEOUT)
         log.console.quiet = dist.get_rank() > 0
-    return (dist.get_rank(), world) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first() -> bool:
+    return start()[0] == 0
 
 
 def finish() -> None:
@@ -64,6 +68,13 @@ def unwrap(policy: nn.Module) -> nn.Module:
 
 def is_sharded(policy: nn.Module) -> bool:
     return isinstance(policy, FSDPModule)
+
+
+def reshard(policy: nn.Module) -> None:
+    """Gives up the whole weights that a forward without backward leaves in the root of a sharded policy: its modules
+    would hold those, not the shares that are trained and saved."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
 
 
 def sync_gradients(policy: nn.Module, now: bool) -> None:

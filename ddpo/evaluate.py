@@ -115,11 +115,11 @@ class _Likelihood:
             lists.responses.extend(ids[:-1] if c else ids for ids, c in zip(responses, cut, strict=True))
         num_tokens = np.array([len(ids) for ids in lists.responses])
         length = num_tokens + np.array([len(ids) for ids in lists.prompts])
-        logp = np.empty(len(length))
+        logp = np.zeros(len(length))
         found = each_logp(self.policy, lists, np.arange(len(length)), length, MICRO_TOKENS, self.device)
-        for responses, values in log.track(found, "log-probs", len(length), lambda found: len(found[0])):
+        for responses, values, _ in log.track(found, "log-probs", len(length), lambda found: len(found[0])):
             logp[responses] = values
-        return logp, num_tokens
+        return distributed.all_reduce(torch.from_numpy(logp)).numpy(), num_tokens
 
 
 def table(result: dict) -> Table:

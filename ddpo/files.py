@@ -41,7 +41,12 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             draft.rename(path)
             shutil.rmtree(old)
         else:
-            draft.rename(path)
+            try:
+                draft.rename(path)
+            except OSError as err:
+                if path.exists():  # another process was first
+                    raise FileExistsError(f"{path} exists already") from err
+                raise
         sync(path.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -22,11 +22,13 @@ def speed_up(model: nn.Module) -> Counter:
     """Gives the layers that it recognises a faster forward, on the instance.
 
     On the CPU, RMSNorms, gated MLPs with SiLU and rotary embeddings take the kernels of csrc/layers.cpp where these
-    agree with the layer's own forward on a small input. On any device, a frozen linear layer under one of peft's LoRA
-    adapters takes lora_linear. A new forward reads the module's parameters when it is called, and leaves every other
-    case to the layer's own: another dtype or device, dropout, adapters switched off or merged, sharded weights.
+    agree with the layer's own forward on a small input. A frozen linear layer under one of peft's LoRA adapters of its
+    own dtype (float32, float64; peft keeps adapters of a bfloat16 base in float32) takes lora_linear. A new forward
+    reads the module's parameters when it is called, and leaves every other case to the layer's own: another dtype or
+    device, autocast, dropout, adapters switched off or merged.
 
-    Call it before the model is wrapped (DDP, FSDP). A layer that somebody else patched is left alone.
+    Call it before the model is wrapped (DDP, FSDP). A layer that somebody else patched is left alone. The model can be
+    copied, not pickled.
     Returns: how many layers were changed, by kernel.
     """
     done = Counter()
@@ -100,7 +102,7 @@ def _wave(*shape, dtype=torch.float32) -> Tensor:
 
 @torch.no_grad()
 def _agree(ours, own, *inputs) -> bool:
-    with suppress(RuntimeError, TypeError):  # a layer that does not take such an input is not the one we know
+    with suppress(Exception):  # a layer that does not take such an input, or runs elsewhere, is not the one we know
         return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(ours(*inputs), own(*inputs), strict=True))
     return False
 
@@ -121,7 +123,11 @@ def _find_norm(module):
         return None
     twin = copy.deepcopy(module)  # under fresh weights, all 0 or 1, norms that differ agree
     twin.weight.data = _wave(*module.weight.shape)
-    return next((f for f in (_norm, _norm_plus_one) if _agree(MethodType(f, twin), twin.forward, x)), None)
+    inputs = (x, 1e-3 * x)  # small enough for eps to be seen
+    for ours in (_norm, _norm_plus_one):
+        if all(_agree(MethodType(ours, twin), twin.forward, value) for value in inputs):
+            return ours
+    return None
 
 
 def _is_float32(module, x) -> bool:
@@ -144,8 +150,9 @@ def _norm_plus_one(self, x):
 
 
 def _find_mlp(module):
-    is_gated = all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
-    if not is_gated or not cpp.is_built or not _takes_one(module):
+    parts = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    names = set(getattr(type(module).forward, "__code__", _find_mlp.__code__).co_names)
+    if names != parts or not cpp.is_built or not _takes_one(module):  # no clamp, no dropout, nothing else
         return None
     weight = module.gate_proj.weight
     if weight.dtype not in DTYPES or weight.device.type != "cpu":
@@ -164,6 +171,8 @@ def _mlp(self, x):
 
 
 def _find_rotary(module):
+    if any(p.device.type != "cpu" for p in module.parameters()):
+        return None
     forward = type(module).forward
     own = getattr(forward, "__globals__", {}).get(ROTARY)
     known = own is not None and ROTARY in forward.__code__.co_names and cpp.is_built

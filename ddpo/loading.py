@@ -97,3 +97,28 @@ def add_lora(model, r: int, alpha: int, dropout: float, targets: tuple[str, ...]
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def save_model(model: nn.Module, folder: Path, tokenizer, under: str | None) -> Path:
+    """Writes the adapter in peft's format to folder/adapter, or the whole model to folder/model; says where.
+
+    under: the adapter that was merged before training. The one written then holds both (A stacked, B side by side,
+    which is exact), so that it stands over the plain base model.
+    """
+    has_adapter = isinstance(model, PeftModel)
+    path = Path(folder) / ("adapter" if has_adapter else "model")
+    with new_folder(path, overwrite=True) as draft:
+        if has_adapter and under:
+            model.load_adapter(under, "under")
+            model.add_weighted_adapter(["under", "default"], [1.0, 1.0], "whole", combination_type="cat")
+            model.save_pretrained(draft, selected_adapters=["whole"])
+            for file in (draft / "whole").iterdir():
+                file.rename(draft / file.name)
+            (draft / "whole").rmdir()
+            for name in ("whole", "under"):
+                model.delete_adapter(name)
+            model.set_adapter("default")
+        else:
+            model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+    return path

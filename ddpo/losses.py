@@ -97,6 +97,7 @@ def dorpo(
     *,
     beta: float = 0.25,
     dorpo_weight: str = "outside",
+    mean_weight: Tensor | float | None = None,
     **nll_options,
 ) -> Tensor:
     """Diversified ORPO: weight * orpo, both terms.
@@ -104,7 +105,9 @@ def dorpo(
     Args: as `orpo`, and
         weight: (P,).
         dorpo_weight: 'outside' (paper) | 'inside' (released code: log sigmoid(w * log_odds), and the NLL times the
-            mean weight of the pairs given; the release's batch is one rank's micro-batch).
+            mean weight of the batch).
+        mean_weight: for 'inside', of the whole batch where only some of its pairs are given (the release's batch is
+            one process's micro-batch, the trainer's the whole step); None: of the pairs given.
     Returns: (P,).
     Raises: ValueError for another dorpo_weight.
     """
@@ -112,7 +115,8 @@ def dorpo(
         return weight * orpo(logp, num_tokens, pairs, beta=beta, **nll_options)
     if dorpo_weight == "inside":
         likelihood = orpo(logp, num_tokens, pairs, beta=0.0, **nll_options)  # beta 0: its likelihood term alone
-        return weight.mean() * likelihood - beta * F.logsigmoid(weight * log_odds(logp, num_tokens, pairs))
+        mean = weight.mean() if mean_weight is None else mean_weight
+        return mean * likelihood - beta * F.logsigmoid(weight * log_odds(logp, num_tokens, pairs))
     raise ValueError(f"dorpo: dorpo_weight must be 'outside' or 'inside', got {dorpo_weight!r}")
 
 

@@ -2,16 +2,14 @@
 
 import hashlib
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import ddpo.attention  # noqa: F401  registers ddpo_packed
+from ddpo.attention import windows_seen  # its module registers ddpo_packed
 from ddpo.data.batches import Pack, pack
-from ddpo.files import new_folder
 from ddpo.ops import cpp, linear_logp, sequence_sum
 
 DROP_BELOW = 2.0**-16  # costs no more than 2^-14, whose error is under bfloat16 arithmetic's already: benchmarks/LOG.md
@@ -69,7 +67,15 @@ class Policy(nn.Module):
             alone[i] = logp[:-1].gather(1, tokens[1:, None]).sum()
         self.causal.set_attn_implementation("ddpo_packed")
         source = SimpleNamespace(prompt_ids=lambda r: ids[r][:1], response_ids=lambda r: ids[r][1:])
-        packed = self(pack(source, range(2)).to(device))[0].double()
+        with windows_seen() as windows:
+            packed = self(pack(source, range(2)).to(device))[0].double()
+        config = self.causal.config.get_text_config()
+        by_mask = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        if getattr(config, "attention_chunk_size", None) or (by_mask and windows == {None}):
+            raise ValueError(
+                f"{type(self.causal).__name__} narrows its attention by a mask alone, which packed sequences have not: "
+                "not supported"
+            )
         error = float(((packed - alone) / alone).abs().max())
         exact = self.causal.dtype in (torch.float32, torch.float64) and self.autocast is None
         if not error < (1e-4 if exact else 3e-2):
@@ -141,29 +147,6 @@ class Policy(nn.Module):
                 digest.update(f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
-
-    def export(self, folder: Path, tokenizer, under: str | None) -> Path:
-        """Writes the adapter in peft's format to folder/adapter, or the whole model to folder/model; says where.
-
-        under: the adapter that was merged before training. The one written then holds both (A stacked, B side by
-        side, which is exact), so that it stands over the plain base model.
-        """
-        path = Path(folder) / ("adapter" if self.has_adapter else "model")
-        with new_folder(path, overwrite=True) as draft:
-            if self.has_adapter and under:
-                self.model.load_adapter(under, "under")
-                self.model.add_weighted_adapter(["under", "default"], [1.0, 1.0], "whole", combination_type="cat")
-                self.model.save_pretrained(draft, selected_adapters=["whole"])
-                for file in (draft / "whole").iterdir():
-                    file.rename(draft / file.name)
-                (draft / "whole").rmdir()
-                for name in ("whole", "under"):
-                    self.model.delete_adapter(name)
-                self.model.set_adapter("default")
-            else:
-                self.model.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
-        return path
 
 
 def _logit_scale(config) -> float:

@@ -28,6 +28,7 @@ class Totals(NamedTuple):
 
     num_pairs: int  # SFT: 0
     num_tokens: int  # of the chosen (SFT: of all)
+    mean_weight: float  # of the pairs (SFT: 1)
 
 
 def needs_reference(method: str) -> bool:
@@ -59,7 +60,7 @@ def objective(
         ref_logp = ref_logp.to(logp.dtype)
         values = losses.dpo(sequence, ref_logp, pairs, beta=beta)
         if cfg.method == "ddpo":
-            values = losses.ddpo(sequence, ref_logp, pairs, weight, beta=beta)
+            values = weight * values
         rewards = beta * (sequence - ref_logp)
     else:
         nll = {}
@@ -70,7 +71,7 @@ def objective(
         if cfg.method == "orpo":
             values = losses.orpo(sequence, num_tokens, pairs, beta=beta, **nll)
         else:
-            inside = {"dorpo_weight": cfg.dorpo_weight}
+            inside = {"dorpo_weight": cfg.dorpo_weight, "mean_weight": totals.mean_weight}
             values = losses.dorpo(sequence, num_tokens, pairs, weight, beta=beta, **inside, **nll)
         log_odds = losses.log_odds(sequence, num_tokens, pairs)
         rewards = beta * sequence / num_tokens

@@ -60,11 +60,12 @@ def _random(state: tuple[Tensor, ...], device: torch.device) -> Iterator[None]:
 
 def each_logp(
     policy: nn.Module, data: TokenSource, responses: np.ndarray, length: np.ndarray, max_tokens: int, device
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Log-probs of many responses without gradient, pack by pack and by length, shared out over the processes.
 
     Args: responses (n,); length (R,) tokens of every response with its prompt; max_tokens of a pack.
-    Yields: (responses, their summed log-probs in nats, float64); equally often in every process, so some are empty.
+    Yields: (responses, their summed log-probs in nats, float64, how many are done over all processes); equally often
+    in every process, so some are empty.
     """
     rank, world = distributed.start()
     order = responses[np.argsort(length[responses], kind="stable")]
@@ -73,4 +74,5 @@ def each_logp(
         mine = packs[i + rank] if i + rank < len(packs) else responses[:0]
         with torch.no_grad():
             logp = policy((pack(data, mine) if len(mine) else filler()).to(device))[0]
-        yield mine, logp[: len(mine)].double().cpu().numpy()
+        yield mine, logp[: len(mine)].double().cpu().numpy(), sum(map(len, packs[: i + world]))
+    distributed.reshard(policy)

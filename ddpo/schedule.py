@@ -82,7 +82,8 @@ class Schedule:
         tokens = self.data.num_tokens[counted]
         if self.cfg.nll_tokens == "all" and not self.sft:
             tokens = tokens + self.data.num_prompt_tokens[counted] - 1  # the first token is not predicted
-        return Totals(0 if self.sft else len(items), int(tokens.sum()))
+        mean_weight = 1.0 if self.sft else float(self.data.weight[items].mean())
+        return Totals(0 if self.sft else len(items), int(tokens.sum()), mean_weight)
 
     def batches(self, step: int, rank: int = 0, world: int = 1) -> list[Batch]:
         """This process's share of the step; items that cannot matter are left out.

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ddpo import checkpoint, distributed
 from ddpo.config import TrainConfig
+from ddpo.data.batches import filler
 from ddpo.data.prepared import Prepared
 from ddpo.data.tokens import ChatTokens
-from ddpo.loading import add_lora, find_model, load_model, pick_autocast
+from ddpo.layers import apply_liger, speed_up
+from ddpo.loading import add_lora, find_model, load_model, pick_autocast, save_model
 from ddpo.model import Policy, pick_drop_below
 from ddpo.objective import needs_reference
 from ddpo.refcache import identity, reference_logp
@@ -33,8 +36,8 @@ class State:
     schedule: Schedule
     ref_logp: torch.Tensor | None  # (R,)
     held_out: "HeldOut | None"
-    step: int = 0
-    num_skipped: int = 0
+    step: int  # done
+    num_skipped: int
 
 
 @dataclass
@@ -57,43 +60,66 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
     schedule = Schedule(data, cfg, least_tokens)
     held_out = Schedule.of_all(check_held_out(cfg, data), cfg, least_tokens) if cfg.eval_data else None
     policy = build_policy(cfg, device)
-    parts = {
-        s: identity(policy, s.data, cfg.adapter) for s in (schedule, held_out) if s and needs_reference(cfg.method)
-    }
+    parts = identity(policy, cfg.adapter) if needs_reference(cfg.method) else None
     sharded = cfg.parallel == "fsdp" or (cfg.parallel == "auto" and not cfg.lora)
     policy = distributed.wrap(policy, "fsdp" if sharded else "ddp")
-    ref_logp = {
-        s: reference_logp(policy, s.data, s.forwarded_responses(), s.micro_tokens, device, part)
-        for s, part in parts.items()
-    }
     params = {n: p for n, p in distributed.unwrap(policy).named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+
+    def reference(of: Schedule) -> torch.Tensor | None:
+        if parts is None:
+            return None
+        return reference_logp(policy, of.data, of.forwarded_responses(), of.micro_tokens, device, parts)
+
+    ref_logp = reference(schedule)
+    held_out = held_out and HeldOut(held_out, reference(held_out))
+    warm_up(policy.train(), optimizer, device)
     last = checkpoint.load_last(run, params, optimizer, data.manifest["content_hash"])
     return State(
-        *(cfg, rank, world, device, policy.train(), tokens.tokenizer, params, optimizer, schedule),
-        ref_logp.get(schedule),
-        held_out and HeldOut(held_out, ref_logp.get(held_out)),
-        last["step"],
-        last.get("num_skipped", 0),
+        cfg=cfg,
+        rank=rank,
+        world=world,
+        device=device,
+        policy=policy,
+        tokenizer=tokens.tokenizer,
+        params=params,
+        optimizer=optimizer,
+        schedule=schedule,
+        ref_logp=ref_logp,
+        held_out=held_out,
+        step=last["step"],
+        num_skipped=last.get("num_skipped", 0),
     )
+
+
+def warm_up(policy: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """One backward of nothing. DDP sums gradients in another order after its first than in it, so that three processes
+    would not resume to the same bits if their first were a step."""
+    if isinstance(policy, DistributedDataParallel):
+        (0 * policy(filler().to(device))).sum().backward()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def build_policy(cfg: TrainConfig, device: torch.device) -> Policy:
     """Raises ValueError for a model, adapter or setting that cannot be trained."""
-    model = load_model(cfg.model, cfg.adapter, check_dtype(cfg), device)
-    if cfg.lora:
-        model = add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.seed)
-    else:
-        model.requires_grad_(True)
-    policy = Policy(
-        model, pick_drop_below(cfg.drop_below, device, model.dtype), pick_autocast(cfg.autocast, cfg.dtype, device)
-    )
+    model = build_model(cfg, device)
+    if not apply_liger(model, cfg.liger):
+        speed_up(model)
+    drop_below = pick_drop_below(cfg.drop_below, device, model.dtype)
+    policy = Policy(model, drop_below, pick_autocast(cfg.autocast, cfg.dtype, device))
     if cfg.activation_checkpointing:
         policy.causal.activation_checkpointing_enable({"use_reentrant": False})
     if cfg.compile:
         for layer in policy.layers():
             layer.compile(dynamic=True)
     return policy
+
+
+def build_model(cfg: TrainConfig, device: torch.device) -> nn.Module:
+    model = load_model(cfg.model, cfg.adapter, check_dtype(cfg), device)
+    if cfg.lora:
+        return add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.seed)
+    return model.requires_grad_(True)
 
 
 def save(state: State, run: Path) -> None:
@@ -103,18 +129,23 @@ def save(state: State, run: Path) -> None:
 
 def export(state: State, run: Path) -> Path | None:
     """Writes the adapter or the model; says where, in the first process. Shares of weights are put together there, in
-    a policy built anew on the CPU."""
+    a model built anew on the CPU."""
     cfg, policy = state.cfg, distributed.unwrap(state.policy)
-    whole = {name: distributed.whole(param.detach()) for name, param in state.params.items()}
+    whole = {}
+    for name, param in state.params.items():
+        full = distributed.whole(param.detach())  # one at a time: all of them may not fit
+        if state.rank == 0:
+            whole[name] = full.cpu()
     if state.rank:
         return None
+    model = policy.model
     if distributed.is_sharded(policy):
-        policy = build_policy(cfg, torch.device("cpu"))
+        model = build_model(cfg, torch.device("cpu"))
         with torch.no_grad():
-            for name, param in policy.named_parameters():
+            for name, param in model.named_parameters(prefix="model"):  # the policy's name for it
                 if name in whole:
                     param.copy_(whole[name])
-    return policy.export(run, state.tokenizer, cfg.adapter)
+    return save_model(model, run, state.tokenizer, cfg.adapter)
 
 
 def check_tokenizer(cfg: TrainConfig, data: Prepared) -> ChatTokens:

@@ -37,24 +37,24 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
         begin_run(cfg, run)
     watch = Watch(cfg, run, state.step, state.schedule.num_steps, rank == 0)
     with graceful(stop or Stop()) as stop, watch:
-        if state.step == 0:
+        if is_due(cfg.eval_every, state) and distributed.any_of_us(not watch.has("eval", state.step)):
             evaluate(state, watch)
         pending = None  # metrics are read one step late: no device sync between a step's launch and the next
         while state.step < state.schedule.num_steps:
             latest = step(state)
             report(state, pending, watch, latest["start"])
             pending = latest
-            ends = distributed.any_of_us(stop.requested) or state.step == state.schedule.num_steps  # asked once, by all
-            evaluates = cfg.eval_data and (ends or state.step % cfg.eval_every == 0)
-            saves = ends or (cfg.save_every and state.step % cfg.save_every == 0)
+            stops = distributed.any_of_us(stop.requested)  # asked once, by all
+            saves = stops or is_due(cfg.save_every, state)
+            evaluates = state.held_out and is_due(cfg.eval_every, state) and not stops  # then time may be short
             if saves or evaluates:
                 report(state, pending, watch)
                 pending = None
-            if evaluates:
-                evaluate(state, watch)
             if saves:
                 save(state, run)
-            if ends:
+            if evaluates:
+                evaluate(state, watch)
+            if stops:
                 break
     if state.step < state.schedule.num_steps:
         watch.say(f"stopped at step {state.step} of {state.schedule.num_steps}; go on with --resume")
@@ -62,6 +62,11 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
     watch.say(f"trained {state.step} steps; wrote {export(state, run)}")
     distributed.barrier()
     return run
+
+
+def is_due(every: int, state: State) -> bool:
+    """Whether what happens every so many steps (0: at the end alone) and at the end happens now."""
+    return state.step == state.schedule.num_steps or (every > 0 and state.step % every == 0)
 
 
 def step(state: State) -> dict:
@@ -108,11 +113,12 @@ def run_batches(state: State, schedule, at: int, ref_logp: Tensor | None, learns
 
 def update(state: State, lr: float, loss: Tensor) -> Tensor:
     """Clips and takes AdamW's step, unless loss or gradient is not finite; returns the gradient's norm, then nan."""
+    for param in state.params.values():  # a weight that this step did not use keeps its place in the optimiser
+        param.grad = torch.zeros_like(param) if param.grad is None else param.grad
     norm = torch.nn.utils.clip_grad_norm_(state.params.values(), state.cfg.max_grad_norm or math.inf)
     norm = distributed.whole(norm)
     finite = torch.isfinite(norm) & torch.isfinite(loss)
     state.optimizer.param_groups[0]["lr"] = lr
-    state.optimizer.grad_scale = None
     state.optimizer.found_inf = (~finite).float()  # the fused kernel skips the step on the device
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -127,6 +133,7 @@ def evaluate(state: State, watch: Watch) -> None:
     state.policy.eval()
     sums, num_pairs = run_batches(state, state.held_out.schedule, 0, state.held_out.ref_logp, learns=False)
     state.policy.train()
+    distributed.reshard(state.policy)
     mean, _ = means({name: float(value) for name, value in sums.items()})
     watch.write("eval", {"step": state.step, "eval_num_pairs": num_pairs, **{f"eval_{k}": v for k, v in mean.items()}})
 
@@ -160,7 +167,7 @@ def report(state: State, metrics: dict | None, watch: Watch, until: float | None
             raise ValueError(
                 f"train: loss or gradient of step {metrics['step']} is not finite, like {state.num_skipped - 1} before "
                 f"it (max_skips {state.cfg.max_skips}); {state.cfg.out}/skipped.jsonl names what they held. Look at "
-                "those texts, or lower --lr"
+                "those texts; start anew with a lower --lr, or go on with --resume and a higher --max-skips"
             )
 
 

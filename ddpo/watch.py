@@ -52,6 +52,10 @@ class Watch:
         elif name == "eval":
             self.say(f"step {record['step']}: eval {_note(record, 'eval_')}")
 
+    def has(self, name: str, step: int) -> bool:
+        """Whether the journal `name` has a record of this step; true in processes that keep none."""
+        return not self._first or self._journals[name].last_step >= step
+
     def say(self, text: str) -> None:
         self._bar.console.print(text)
 
@@ -118,14 +122,16 @@ class Journal:
 
     def __init__(self, path: Path, last_step: int):
         """Keeps the lines of steps up to last_step (what a killed run wrote after its last checkpoint goes)."""
-        self._path, self._file = path, None
+        self._path, self._file, self.last_step = path, None, -1
         if not path.exists():
             return
         kept = []
         for line in path.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= last_step:
+                step = json.loads(line)["step"]
+                if step <= last_step:
                     kept.append(line + "\n")
+                    self.last_step = step
             except (ValueError, KeyError):  # the torn last line of a killed run
                 break
         with new_file(path) as draft:
@@ -133,6 +139,7 @@ class Journal:
 
     def write(self, record: dict) -> None:
         """Floats with eight digits; one that is not finite as null."""
+        self.last_step = record["step"]
         if self._file is None:
             self._file = self._path.open("a", buffering=1)
         self._file.write(json.dumps({k: _short(v) if isinstance(v, float) else v for k, v in record.items()}) + "\n")

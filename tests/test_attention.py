@@ -51,8 +51,8 @@ def run(f, q, k, v, upstream, cu_seqlens, dtype=None, **options):
 
 
 def by_sdpa(q, k, v, cu_seqlens, scale=None, window=None, softcap=None):
-    """PyTorch's own attention, a sequence at a time; with a softcap, which it lacks, the reference."""
-    if softcap is not None:
+    """PyTorch's own attention, a sequence at a time; the reference where that lacks a softcap or is what is tested."""
+    if softcap is not None or not op.runs_cpp(q, 0.0):
         return reference.packed_attention(q, k, v, cu_seqlens, scale, window, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return op._in_pytorch(q, k, v, cu_seqlens.tolist(), scale, window, None, 0.0)

@@ -126,7 +126,7 @@ def test_opcheck_and_refusals():
         (lambda: ops.rotary(q, k[:, :, 1:], *angles), "rotary: wanted q and k"),
         (lambda: ops.rotary(q, k, angles[0], angles[1][..., 1:]), "rotary: wanted cos and sin"),
     ):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             call()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, relative, same_bits, weights_of
+from conftest import metrics, need_cpp, relative, same_bits, weights_of
 
 from ddpo import loading, train
 from ddpo.data.batches import pack
@@ -98,3 +98,17 @@ def test_deterministic(config, monkeypatch):
     run_training(deterministic)
     assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert same_bits(weights_of(plain), weights_of(deterministic))
+
+
+@need_cpp
+def test_the_trainer_takes_the_faster_layers(config):
+    """Starcoder2 has no RMSNorm and no gated MLP: its rotary embedding and the adapter's layers."""
+    policy = train.setup(config(), 0, 1, Path(config().out)).policy
+    changed = [name for name, module in policy.named_modules() if "forward" in vars(module)]
+    assert sum(name.endswith("self_attn") for name in changed) == 2
+    assert sum(name.endswith(("q_proj", "v_proj")) for name in changed) == 4
+
+
+def test_liger_is_asked_for(config):
+    with pytest.raises(RuntimeError, match="liger 'on' wants the model on a GPU"):
+        train.setup(config(liger="on"), 0, 1, Path(config().out))

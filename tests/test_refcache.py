@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def reference(policy, data, needed, adapter=None):
-    parts = refcache.identity(policy, data, adapter)
+    parts = refcache.identity(policy, adapter)
     return refcache.reference_logp(policy, data, np.array(needed), 100, CPU, parts)
 
 

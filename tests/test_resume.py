@@ -109,6 +109,21 @@ def test_checkpoints_kept_and_damaged(config, capsys, file):
         run_training(replace(cfg, resume=True))
 
 
+def test_a_damaged_checkpoint_evicts_none(config):
+    """keep_checkpoints 1: a run gone on from before a damaged one keeps what it saves itself."""
+    cfg = config(batch_size=6, epochs=4, save_every=1, keep_checkpoints=9)
+    with pytest.raises(SystemExit):
+        run_training(cfg, StopAfter(5))
+    newest = checkpoint.steps(Path(cfg.out))[-1]
+    (newest / "state.safetensors").write_bytes(b"")
+    (newest.parent / ".step-00000007.99").mkdir()  # a save that was killed
+    again = replace(cfg, resume=True, keep_checkpoints=1)
+    with pytest.raises(SystemExit):
+        run_training(again, StopAfter(1))
+    assert [path.name for path in newest.parent.iterdir()] == ["step-00000007"]
+    run_training(again)
+
+
 def test_interrupt_saves_and_says_how_to_go_on(config):
     """SIGINT to the real process."""
     straight = config(epochs=15)

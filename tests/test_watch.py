@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from conftest import metrics, same_bits, weights_of
 
 from ddpo import train
 from ddpo.data.prepared import Prepared
+from ddpo.run import Stop
 from ddpo.train import train as run_training
 
 
@@ -37,6 +39,35 @@ def test_held_out_loss(config, make_prepared, capsys):
     plain = config(data=str(data.folder), batch_size=6, max_steps=3, lr=1e-2)
     run_training(plain)
     assert same_bits(weights_of(plain), weights_of(cfg)), "measuring changes nothing"
+
+
+def test_evaluations_are_written_once(config, make_prepared):
+    """Stopped where one is due: it comes when the run goes on; a run that died before its first checkpoint, too."""
+    data = make_prepared()
+    run = {"data": str(data.folder), "batch_size": 6, "epochs": 2, "eval_data": str(data.folder), "eval_every": 2}
+    straight, cfg = (config(**run) for _ in range(2))
+    run_training(straight)
+
+    class Second(Stop):
+        asked = 0
+
+        @property
+        def requested(self):
+            self.asked += 1
+            return self.asked == 2
+
+        @requested.setter
+        def requested(self, value):
+            pass
+
+    with pytest.raises(SystemExit):
+        run_training(cfg, Second())
+    assert [e["step"] for e in lines(cfg, "eval")] == [0]
+    run_training(replace(cfg, resume=True))
+    assert lines(cfg, "eval") == lines(straight, "eval")
+    shutil.rmtree(Path(cfg.out) / "checkpoints")
+    run_training(replace(cfg, resume=True))
+    assert lines(cfg, "eval") == lines(straight, "eval")
 
 
 def test_held_out_of_another_tokenizer_is_refused(config, make_prepared, tmp_path):

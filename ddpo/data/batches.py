@@ -43,7 +43,7 @@ class Pack:
         return int(self.cu_seqlens.diff().max())
 
     def to(self, device: torch.device) -> "Pack":
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        moved = {f.name: _sent(getattr(self, f.name), device) for f in fields(self)}
         return Pack(**{**moved, "cu_seqlens": self.cu_seqlens})
 
 
@@ -61,8 +61,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        moved = {name: _sent(value, device) for name, value in tensors.items()}
         return Batch(**{**vars(self), **moved, "packs": [pack.to(device) for pack in self.packs]})
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, on its way without anybody waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pack(data: TokenSource, responses: Sequence[int], with_prompts: bool = False) -> Pack:

@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         eps: added to the mean square.
         offset: added to the weight: 1.0 for Gemma's.
     Returns: like x. Sums in the dtype of x.
-    Raises: RuntimeError for other shapes, dtypes or devices, or without the extension.
+    Raises: ValueError for other shapes or dtypes, RuntimeError without the extension or off the CPU.
     Source: arXiv 1910.07467; rounds as transformers' LlamaRMSNorm does in float32.
     """
     return _op("rms_norm")(x, weight, eps, offset)[0]
@@ -31,7 +31,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     Args:
         gate, up: of one shape and dtype, float32 or float64, on the CPU.
     Returns: like gate.
-    Raises: RuntimeError for other shapes, dtypes or devices, or without the extension.
+    Raises: ValueError for other shapes or dtypes, RuntimeError without the extension or off the CPU.
     Source: arXiv 2002.05202.
     """
     return _op("silu_mul")(gate, up)
@@ -44,7 +44,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         q, k: (B, heads, T, d), d even, float32 or float64, on the CPU; any strides.
         cos, sin: (B or 1, T, d), dtype of q; no gradient.
     Returns: like q and k, in memory (B, T, heads, d).
-    Raises: RuntimeError for other shapes, dtypes or devices, or without the extension.
+    Raises: ValueError for other shapes or dtypes, RuntimeError without the extension or off the CPU.
     Source: arXiv 2104.09864, in transformers' half-rotation.
     """
     return _op("rotary")(q, k, cos, sin, False)
@@ -131,6 +131,10 @@ def _rotary_backward(ctx, of_q, of_k):
     return *torch.ops.ddpo.rotary(of_q, of_k, *ctx.saved_tensors, not ctx.back), None, None, None
 
 
+def _only_once(ctx, *upstream):
+    raise NotImplementedError("rms_norm and silu_mul are differentiable once; uninstall ddpo._C for more")
+
+
 def _fake_rotary(q, k, cos, sin, back):
     return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k))
 
@@ -159,6 +163,8 @@ def _register():
         ("rotary", _rotary_backward, _rotary_setup),
     ):
         torch.library.register_autograd(f"ddpo::{name}", backward, setup_context=setup)
+    for name in ("rms_norm_bwd", "silu_mul_bwd"):
+        torch.library.register_autograd(f"ddpo::{name}", _only_once)
 
 
 if cpp.is_built:

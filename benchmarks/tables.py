@@ -146,8 +146,10 @@ def step(result: dict) -> str:
 def step_readme(result: dict) -> str:
     """README's block of the training step: the tables, and what was checked."""
     checks = [case["check"] for case in result["cases"]]
-    exact = max(error for check in checks for name, error in check["gradient"].items() if "drop_below" not in name)
-    default = max(error for check in checks for name, error in check["gradient"].items() if name.startswith("ddpo, "))
+    approximate = ("+ drop_below", "+ cached reference", "+ unique responses")
+    named = [(name, error) for check in checks for name, error in check["gradient"].items()]
+    exact = max(error for name, error in named if name not in approximate and not name.startswith("ddpo, "))
+    default = max(error for name, error in named if name.startswith("ddpo, drop_below"))
     real = next(case for case in result["cases"] if case["zero_share"])
     notes = [
         f"{result['model']}, {result['data']}.",

@@ -195,3 +195,11 @@ def test_pick_drop_below():
     for value, device in ((1e-4, torch.device("cuda")), (1.0, cpu)):
         with pytest.raises(ValueError, match=f"drop_below must be in .* got {value}"):
             model.pick_drop_below(value, device, torch.float32)
+
+
+def test_windows_by_a_mask_alone_are_refused():
+    """Qwen2-MoE's attention does not say its window; packed, it would see everything."""
+    window = {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 0}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    with pytest.raises(ValueError, match="narrows its attention by a mask alone"):
+        Policy(tiny_model("qwen2_moe", shared_expert_intermediate_size=8, **window, **experts).float())

@@ -57,8 +57,7 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
     parts = {
         s: identity(policy, s.data, cfg.adapter) for s in (schedule, held_out) if s and needs_reference(cfg.method)
     }
-    sharded = cfg.parallel == "fsdp" or (cfg.parallel == "auto" and not cfg.lora)
-    policy = distributed.wrap(policy, "fsdp" if sharded else "ddp")
+    policy = distributed.wrap(policy, pick_parallel(cfg))
     ref_logp = {
         s: reference_logp(policy, s.data, s.forwarded_responses(), cfg.micro_tokens, device, part)
         for s, part in parts.items()
@@ -77,13 +76,15 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
 
 def build_policy(cfg: TrainConfig, device: torch.device) -> Policy:
     """Raises ValueError for a model, adapter or setting that cannot be trained."""
-    model = load_model(cfg.model, cfg.adapter, check_dtype(cfg), device)
-    if cfg.lora:
-        model = add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.seed)
-    else:
-        model.requires_grad_(True)
+    return make_policy(cfg, load_model(cfg.model, cfg.adapter, check_dtype(cfg), device), device)
+
+
+def make_policy(cfg: TrainConfig, model: nn.Module, device: torch.device) -> Policy:
+    """The policy over a model that is there."""
     policy = Policy(
-        model, pick_drop_below(cfg.drop_below, device, model.dtype), pick_autocast(cfg.autocast, cfg.dtype, device)
+        adapt(cfg, model),
+        pick_drop_below(cfg.drop_below, device, model.dtype),
+        pick_autocast(cfg.autocast, cfg.dtype, device),
     )
     if cfg.activation_checkpointing:
         policy.causal.activation_checkpointing_enable({"use_reentrant": False})
@@ -91,6 +92,18 @@ def build_policy(cfg: TrainConfig, device: torch.device) -> Policy:
         for layer in policy.layers():
             layer.compile(dynamic=True)
     return policy
+
+
+def adapt(cfg: TrainConfig, model: nn.Module) -> nn.Module:
+    """The model with what is trained: a fresh adapter, or all its weights."""
+    if cfg.lora:
+        return add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.seed)
+    return model.requires_grad_(True)
+
+
+def pick_parallel(cfg: TrainConfig) -> str:
+    """'ddp' or 'fsdp'."""
+    return ("ddp" if cfg.lora else "fsdp") if cfg.parallel == "auto" else cfg.parallel
 
 
 def save(state: State, run: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import metrics, relative, same_bits, tiny_model, tiny_tokenizer, weights_of
 
 from ddpo import checkpoint
-from ddpo.config import to_yaml
+from ddpo.settings import to_yaml
 from ddpo.train import train as run_training
 
 

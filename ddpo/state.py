@@ -14,6 +14,7 @@ from ddpo.data.tokens import ChatTokens
 from ddpo.loading import add_lora, find_model, load_model, pick_autocast
 from ddpo.model import Policy, pick_drop_below
 from ddpo.objective import needs_reference
+from ddpo.ops import cpp
 from ddpo.refcache import identity, reference_logp
 from ddpo.schedule import Schedule
 
@@ -46,6 +47,8 @@ class HeldOut:
 def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
     """Data, policy, reference log-probs, optimiser; the last checkpoint where the run has one."""
     device = distributed.device()
+    if device.type == "cpu":
+        cpp.allocate_tightly()
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

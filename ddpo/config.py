@@ -174,9 +174,9 @@ class TrainConfig(_Checked):
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
     """Type of the matrix products; auto: bfloat16 on GPUs that have it unless --dtype is given, else the weights'."""
     activation_checkpointing: bool = False
-    """Keep each layer's input alone and compute the layer again in backward: less memory, a third more time."""
+    """Keep each layer's input alone and compute the layer again in backward: less memory, one more forward pass."""
     compile: bool = False
-    """torch.compile the layers: a few percent faster, minutes before the first step."""
+    """torch.compile the layers; minutes before the first step."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's norm, rotary and MLP kernels; auto: on GPUs where liger-kernel is installed."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"

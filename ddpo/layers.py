@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 from collections import Counter
 from contextlib import contextmanager, suppress
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -174,8 +174,9 @@ def _find_rotary(module):
     if any(p.device.type != "cpu" for p in module.parameters()):
         return None
     forward = type(module).forward
-    own = getattr(forward, "__globals__", {}).get(ROTARY)
-    known = own is not None and ROTARY in forward.__code__.co_names and cpp.is_built
+    inner = inspect.unwrap(forward)  # newer versions of transformers decorate it
+    own = getattr(inner, "__globals__", {}).get(ROTARY)
+    known = own is not None and isinstance(forward, FunctionType) and ROTARY in inner.__code__.co_names and cpp.is_built
     return _with_our_rotary(forward, own) if known else None
 
 
@@ -191,10 +192,20 @@ def _with_our_rotary(forward, own):
 
     if not _agree(rotary, own, _wave(1, 2, 3, 8), _wave(1, 1, 3, 8).cos(), _wave(1, 3, 8).cos(), _wave(1, 3, 8)):
         return None
-    names = {**forward.__globals__, ROTARY: rotary}
-    ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    ours.__kwdefaults__ = forward.__kwdefaults__
-    return ours
+    return _rebound(forward, rotary)
+
+
+def _rebound(forward, rotary):
+    """A copy of a function, and of its decorators, whose innermost global name ROTARY is `rotary`."""
+    inner = getattr(forward, "__wrapped__", None)
+    if inner is None:
+        names, cells = {**forward.__globals__, ROTARY: rotary}, forward.__closure__
+    else:
+        ours = CellType(_rebound(inner, rotary))
+        names, cells = forward.__globals__, tuple(ours if c.cell_contents is inner else c for c in forward.__closure__)
+    twin = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, cells)
+    twin.__kwdefaults__ = forward.__kwdefaults__
+    return twin
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------

@@ -63,17 +63,18 @@ def peak_extra_mib(run: Callable, warm_up: Callable, device: torch.device) -> fl
     else:
         try:
             ctypes.CDLL(None).malloc_trim(0)  # freed memory back to the system, else it would be counted as held
-            before = _resident("VmRSS")
+            before = resident("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from VmRSS
         except (OSError, AttributeError):
             return None
         kept = run()
-        peak = _resident("VmHWM") - before
+        peak = resident("VmHWM") - before
     del kept
     return peak / 2**20
 
 
-def _resident(key: str) -> int:
+def resident(key: str) -> int:
+    """A field of /proc/self/status in bytes: VmRSS, what is held now, or VmHWM, its peak."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[key].split()[0]) << 10
 

@@ -9,17 +9,19 @@ from ddpo.config import (
     DemoConfig,
     EvaluateConfig,
     GenerateConfig,
+    PlanConfig,
     PrepareConfig,
     TrainConfig,
     TuneConfig,
     WeighConfig,
-    run_command,
 )
+from ddpo.settings import run_command
 
 VERBS = {  # verb -> module, settings, field that the first bare argument names; the function is called like the verb
     "prepare": ("ddpo.prepare", PrepareConfig, "source"),
     "weigh": ("ddpo.prepare", WeighConfig, "folder"),
     "train": ("ddpo.train", TrainConfig, "data"),
+    "plan": ("ddpo.plan", PlanConfig, "data"),
     "generate": ("ddpo.generate", GenerateConfig, "prompts"),
     "evaluate": ("ddpo.evaluate", EvaluateConfig, "responses"),
     "tune": ("ddpo.tune", TuneConfig, "model"),

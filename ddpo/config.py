@@ -1,18 +1,8 @@
-"""Every command's settings as frozen dataclasses, read from YAML and the command line. Loads neither torch nor
-transformers. The docstring of a field is its help text."""
+"""Every command's settings as frozen dataclasses. Loads neither torch nor transformers. The docstring of a field is its
+help text."""
 
-import difflib
-import inspect
-import os
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Literal, TypeVar
-
-import yaml
-
-Config = TypeVar("Config")
+from dataclasses import dataclass
+from typing import Literal
 
 
 class _Checked:
@@ -20,7 +10,8 @@ class _Checked:
 
     _POSITIVE = (
         "max_pairs max_length epochs batch_size micro_tokens lr beta lora_r lora_alpha eval_every keep_checkpoints "
-        "max_steps num_samples rows max_new_tokens temperature top_p repetition_penalty"
+        "max_steps num_samples rows max_new_tokens temperature top_p repetition_penalty gpu_memory flops efficiency "
+        "tokens_per_prompt tokens_per_response"
     ).split()
 
     def __post_init__(self):
@@ -304,81 +295,33 @@ class TuneConfig(_Checked):
     """Of hidden states and head."""
 
 
-def parse(cls: type[Config], argv: list[str], prog: str, positional: str | None = None) -> Config:
-    """Settings of a command from `--config FILE.yaml` and command-line options, the latter first.
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """Says what a training run takes before it is run: parameters, memory by part, FLOP and seconds of a step.
 
-    positional: field that a first bare argument names. Unknown keys and options raise ValueError with the nearest name.
+    Takes the options of `ddpo train` and a machine. Only the model's config is read, not its weights.
+
+    Example: ddpo plan prepared --method dpo --gpus 8 --gpu-memory 80 --flops 400e12
     """
-    import tyro
 
-    names = [f.name for f in fields(cls)]
-    argv = list(argv)
-    if positional and argv and not argv[0].startswith("-"):
-        argv[:1] = [f"--{positional}", argv[0]]
-    from_file: list[str] = []
-    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    if "--config" in argv:
-        at = argv.index("--config")
-        path = argv[at + 1] if at + 1 < len(argv) else ""
-        del argv[at : at + 2]
-        from_file = _options(path, names)
-    for option in argv:
-        if option.startswith("--") and option != "--help":
-            _check_name(option[2:].split("=")[0], names, "option")
-    bare = f"The first bare argument is --{positional}. " if positional else ""
-    description = f"{inspect.getdoc(cls)}\n\n{bare}Options can stand in a YAML file too: --config FILE."
-    return tyro.cli(cls, args=from_file + argv, prog=prog, description=description)
-
-
-def _options(path: str, names: list[str]) -> list[str]:
-    """The entries of a YAML file as command-line options, so that one parser checks both."""
-    if not Path(path).is_file():
-        raise ValueError(f"config: there is no file {path}")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as err:
-        raise ValueError(f"config: {path} is not YAML: {err}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"config: {path} must hold 'key: value' lines, got {type(values).__name__}")
-    options = []
-    for key, value in values.items():
-        _check_name(str(key), names, "key")
-        if isinstance(value, bool):
-            options.append(f"--{key}" if value else f"--no-{key}")
-        elif isinstance(value, list):
-            options += [f"--{key}", *map(str, value)]
-        else:
-            options += [f"--{key}", str(value)]
-    return options
-
-
-def _check_name(name: str, names: list[str], kind: str) -> None:
-    plain = name.replace("-", "_")
-    if plain in names or plain.removeprefix("no_") in names:
-        return
-    near = difflib.get_close_matches(plain, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-    raise ValueError(f"config: unknown {kind} {name!r}; {hint}")
-
-
-def to_yaml(cfg) -> str:
-    values = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
-    return yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}, sort_keys=False)
-
-
-def run_command(run: Callable, cls: type, prog: str, positional: str | None, argv: list[str]) -> None:
-    """Parses and runs; an error of the input is one line on stderr and exit code 2, an interrupt exit code 130."""
-    try:
-        run(parse(cls, argv, prog, positional))
-    except (ValueError, OSError) as err:
-        if os.environ.get("DDPO_TRACEBACK"):
-            raise
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {err}" if rank == "0" else f"rank {rank}: error: {err}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if "ddpo.distributed" in sys.modules:  # the command was one of several processes, perhaps
-            sys.modules["ddpo.distributed"].finish()
+    data: str | None = None
+    """The prepared folder, whose lengths are taken; without one a step's are assumed, see tokens_per_*."""
+    out: str | None = None
+    """Of the training run; not read, nothing is written."""
+    gpus: int = 0
+    """GPUs, a process each; 0: one process on this machine's CPU."""
+    gpu_memory: float = 80.0
+    """Memory of one GPU, GiB."""
+    gpu_reserved: float = 1.0
+    """GiB of each GPU that tensors cannot have: context, libraries, the allocator's gaps. Assumed, not measured."""
+    flops: float | None = None
+    """FLOP per second of one GPU, or of the CPU, in large matrix products (data sheet, dense). On a CPU measured where
+    not given."""
+    efficiency: float = 0.4
+    """Share of them that a step gets."""
+    tokens_per_prompt: int = 128
+    """Without a prepared folder: tokens of a prompt with its chat template."""
+    tokens_per_response: int = 512
+    """Without a prepared folder: tokens of a response."""
+    json: bool = False
+    """Print one JSON object instead of the table."""

@@ -66,10 +66,20 @@ def pick_autocast(name: str, dtype: str, device: torch.device) -> torch.dtype | 
     return torch.bfloat16 if name == "bfloat16" or (name == dtype == "auto" and on_gpu) else None
 
 
+def read_config(name: str):
+    """A model's config; its weights need not be there."""
+    return AutoConfig.from_pretrained(find_model(name))
+
+
 def head_shape(name: str) -> tuple[int, int]:
     """(V, D) of a model's head, from its config alone."""
-    config = AutoConfig.from_pretrained(find_model(name)).get_text_config()
+    config = read_config(name).get_text_config()
     return config.vocab_size, config.hidden_size
+
+
+def random_model(config, dtype: torch.dtype):
+    """A model of random weights, in evaluation mode; under torch.device("meta") one without memory."""
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def load_model(name: str, adapter: str | None, dtype: str, device: torch.device):

@@ -8,8 +8,9 @@ import torch
 import yaml
 
 from ddpo import log
-from ddpo.config import TrainConfig, to_yaml
+from ddpo.config import TrainConfig
 from ddpo.files import new_file, write_json
+from ddpo.settings import to_yaml
 
 MAY_CHANGE = (  # between a run and its resumption
     "resume data out save_every keep_checkpoints track eval_data eval_every max_skips"

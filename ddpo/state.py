@@ -17,6 +17,7 @@ from ddpo.layers import apply_liger, speed_up
 from ddpo.loading import add_lora, find_model, load_model, pick_autocast, save_model
 from ddpo.model import Policy, pick_drop_below
 from ddpo.objective import needs_reference
+from ddpo.ops import cpp
 from ddpo.refcache import identity, reference_logp
 from ddpo.schedule import MOST_TOKENS, Schedule
 
@@ -51,6 +52,8 @@ class HeldOut:
 def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
     """Data, policy, reference log-probs, optimiser; the last checkpoint where the run has one."""
     device = distributed.device()
+    if device.type == "cpu":
+        cpp.allocate_tightly()
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -61,8 +64,7 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
     held_out = Schedule.of_all(check_held_out(cfg, data), cfg, least_tokens) if cfg.eval_data else None
     policy = build_policy(cfg, device)
     parts = identity(policy, cfg.adapter) if needs_reference(cfg.method) else None
-    sharded = cfg.parallel == "fsdp" or (cfg.parallel == "auto" and not cfg.lora)
-    policy = distributed.wrap(policy, "fsdp" if sharded else "ddp")
+    policy = distributed.wrap(policy, pick_parallel(cfg))
     params = {n: p for n, p in distributed.unwrap(policy).named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
@@ -105,6 +107,22 @@ def build_policy(cfg: TrainConfig, device: torch.device) -> Policy:
     model = build_model(cfg, device)
     if not apply_liger(model, cfg.liger):
         speed_up(model)
+    return make_policy(cfg, model, device)
+
+
+def build_model(cfg: TrainConfig, device: torch.device) -> nn.Module:
+    return adapt(cfg, load_model(cfg.model, cfg.adapter, check_dtype(cfg), device))
+
+
+def adapt(cfg: TrainConfig, model: nn.Module) -> nn.Module:
+    """The model with what is trained: a fresh adapter, or all its weights."""
+    if cfg.lora:
+        return add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.seed)
+    return model.requires_grad_(True)
+
+
+def make_policy(cfg: TrainConfig, model: nn.Module, device: torch.device) -> Policy:
+    """The policy over a model that is there."""
     drop_below = pick_drop_below(cfg.drop_below, device, model.dtype)
     policy = Policy(model, drop_below, pick_autocast(cfg.autocast, cfg.dtype, device))
     if cfg.activation_checkpointing:
@@ -115,11 +133,9 @@ def build_policy(cfg: TrainConfig, device: torch.device) -> Policy:
     return policy
 
 
-def build_model(cfg: TrainConfig, device: torch.device) -> nn.Module:
-    model = load_model(cfg.model, cfg.adapter, check_dtype(cfg), device)
-    if cfg.lora:
-        return add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.seed)
-    return model.requires_grad_(True)
+def pick_parallel(cfg: TrainConfig) -> str:
+    """'ddp' or 'fsdp'."""
+    return ("ddp" if cfg.lora else "fsdp") if cfg.parallel == "auto" else cfg.parallel
 
 
 def save(state: State, run: Path) -> None:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ddpo import distributed, passes
-from ddpo.config import TrainConfig, run_command
+from ddpo.config import TrainConfig
 from ddpo.loading import find_model
 from ddpo.objective import METRICS, objective
 from ddpo.run import OnTheWay, Stop, begin_run, check_run, graceful
 from ddpo.schedule import lr_at
+from ddpo.settings import run_command
 from ddpo.state import State, export, save, setup
 from ddpo.watch import Watch, check_trackers, peak_memory_gib
 

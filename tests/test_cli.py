@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpo.cli import VERBS, main
-from ddpo.config import TrainConfig, parse, to_yaml
+from ddpo.config import TrainConfig
 from ddpo.encoders import load_encoder, style_features
+from ddpo.settings import parse, to_yaml
 
 
 def run(*arguments):

@@ -15,9 +15,9 @@ FLOORS = [  # a file imports its own floor or lower
     {"losses", "fused", "deviation", "metrics"},
     {
         *("data", "encoders", "loading", "attention", "layers", "model", "refcache", "checkpoint", "log", "config"),
-        *("distributed", "objective", "schedule", "passes", "run", "state", "watch"),
+        *("distributed", "objective", "schedule", "passes", "run", "state", "watch", "settings", "footprint"),
     },
-    {"train", "generate", "evaluate", "prepare", "tune"},
+    {"train", "generate", "evaluate", "prepare", "tune", "plan"},
     {"demo", "cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

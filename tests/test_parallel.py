@@ -15,9 +15,10 @@ from conftest import metrics, relative, same_bits, tiny_model, tiny_tokenizer, w
 from safetensors.torch import load_file
 
 from ddpo import checkpoint
-from ddpo.config import WeighConfig, to_yaml
+from ddpo.config import WeighConfig
 from ddpo.data.prepared import Prepared
 from ddpo.prepare import weigh
+from ddpo.settings import to_yaml
 from ddpo.train import train as run_training
 
 

@@ -65,6 +65,13 @@ def _load() -> bool:
 is_built = _load()
 
 
+def allocate_tightly(on: bool = True) -> None:
+    """Gives CPU tensors made from now on, in the whole process, memory that glibc can use again (csrc/allocator.cpp);
+    nothing without the extension."""
+    if is_built:
+        torch.ops.ddpo.allocate_tightly(on)
+
+
 def forward(call, wants: tuple[bool, bool, bool]):
     """-> logp (N,), what backward needs of forward. wants: the gradients of hidden, head and bias."""
     tensors = (call.hidden, call.head, call.targets, call.bias, call.scale, call.softcap)

@@ -4,7 +4,7 @@ python -m benchmarks.scaling --write           # and results/scaling.json
 python -m benchmarks.scaling --quick           # a tiny model of random weights, two points each
 python -m benchmarks.plot                      # results/scaling.svg; wants matplotlib
 
-Time: ddpo.train's step on pairs of 512-token sequences, all of them in one forward pass, sides interleaved. Memory:
+Time: ddpo.train's step on pairs of 512-token sequences, in packs as it makes them, batches interleaved. Memory:
 the weighted DPO loss of 1,024 rows forward and backward, as the trainer calls it, beside eager's; D 576, random head.
 """
 
@@ -56,7 +56,7 @@ def time(root: Path, source: Path, model: str, pairs: tuple[int, ...], rounds: i
     runs, tokens = {}, {}
     for n in pairs:
         with contextlib.redirect_stdout(sys.stderr):
-            ours = Ours(TrainConfig(batch_size=n, micro_tokens=2 * n * LENGTH, **settings), root / "no-run")
+            ours = Ours(TrainConfig(batch_size=n, **settings), root / "no-run")
         work = ours.work(0)
         runs[n], tokens[n] = partial(ours.step, work), work.num_tokens
         ours.step(work)

@@ -1,6 +1,6 @@
 # make demo   set up .venv and run the whole method once (runs/demo/)
 # make test   set up what is missing, then lint and test
-# make bench  the op and a training step beside other ways, about an hour on two CPU cores; rewrites README's tables
+# make bench  the op and a training step beside other ways, about two hours on two CPU cores; rewrites README's tables
 # On Linux without an NVIDIA GPU, PyPI's torch still carries CUDA; the CPU build of download.pytorch.org is smaller:
 #   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
@@ -26,6 +26,8 @@ bench: $(SETUP)
 	$(BIN)/python -m benchmarks.step --write
 	$(BIN)/python -m benchmarks.scaling --write
 	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.memory --write
+	$(BIN)/python -m benchmarks.deviation --write
 	$(BIN)/python -m benchmarks.readme
 
 lint: $(SETUP)

@@ -40,7 +40,7 @@ def extension():
     flags = VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), "").split()
     sources, headers = sorted(glob("csrc/*.cpp")), sorted(glob("csrc/*.h"))
     threads = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for runs on one core
-    options = {"extra_compile_args": ["-O3", *threads, *flags], "extra_link_args": threads}
+    options = {"extra_compile_args": ["-O3", "-fno-math-errno", *threads, *flags], "extra_link_args": threads}
     module = CppExtension("ddpo._C", sources, depends=headers, **options)
     return [module], {"build_ext": Build}
 

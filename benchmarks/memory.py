@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import tables
 from benchmarks.measure import resident, setting, tell
 from ddpo import distributed
 from ddpo.config import PlanConfig, PrepareConfig, TrainConfig
@@ -124,17 +125,8 @@ def report(folder: Path, quick: bool, write: bool) -> None:
         shared = {"data": data, "model": model, "method": "orpo", "batch_size": 6}
         configs.append(TrainConfig(out=str(folder / "none"), **shared, **options))
     rows = [case | row for case, row in zip(cases, compare(configs, folder), strict=True)]
-    tell({**setting(), "cpp": cpp.is_built, "cases": rows}, table(rows), "memory", write)
-
-
-def table(rows: list[dict]) -> str:
-    lines = ["| model | trained | checkpointing | tokens of a pack | planned, MiB | measured | error |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        case = (row["model"], row["trained"], "yes" if row["checkpointing"] else "", f"{row['pack_tokens']:,}")
-        figures = (f"{row['planned_mib']:,.0f}", f"{row['measured_mib']:,.0f}", f"{row['error']:+.1%}")
-        lines.append("| " + " | ".join((*case, *figures)) + " |")
-    return "\n".join(lines)
+    result = {**setting(), "cpp": cpp.is_built, "cases": rows}
+    tell(result, tables.memory(result), "memory", write)
 
 
 if __name__ == "__main__":

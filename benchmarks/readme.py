@@ -54,12 +54,32 @@ def ops() -> str:
     return tables.ops_readme(read_json(ROOT / "benchmarks" / "results" / "ops.json"))
 
 
+def step() -> str:
+    """A training step beside TRL's and the release's."""
+    return tables.step_readme(read_json(ROOT / "benchmarks" / "results" / "step.json"))
+
+
+def scaling() -> str:
+    """A step's time by its tokens, the head's memory by the vocabulary."""
+    return tables.scaling_readme(read_json(ROOT / "benchmarks" / "results" / "scaling.json"))
+
+
+def memory() -> str:
+    """What `ddpo plan` says of a CPU's memory beside what was measured."""
+    return tables.memory_readme(read_json(ROOT / "benchmarks" / "results" / "memory.json"))
+
+
+def deviation() -> str:
+    """Mean distances beside the release's algorithm, torch.cdist and FAISS."""
+    return tables.deviation_readme(read_json(ROOT / "benchmarks" / "results" / "deviation.json"))
+
+
 def gpu() -> str:
     """Lower bounds of one training step's head on an H100, ours and the peers'."""
     return tables.gpu_readme(read_json(ROOT / "benchmarks" / "results" / "gpu_model.json"))
 
 
-BLOCKS = {"demo": demo, "ops": ops, "gpu": gpu}
+BLOCKS = {f.__name__: f for f in (demo, ops, step, scaling, memory, deviation, gpu)}
 
 
 def render(text: str) -> str:

@@ -175,6 +175,63 @@ def scaling_readme(result: dict) -> str:
     return scaling(result) + "\n\n" + " ".join(notes)
 
 
+def memory(result: dict) -> str:
+    rows = []
+    for row in result["cases"]:
+        case = (row["model"], row["trained"], "yes" if row["checkpointing"] else "", f"{row['pack_tokens']:,}")
+        figures = (f"{row['planned_mib']:,.0f}", f"{row['measured_mib']:,.0f}", f"{100 * row['error']:+.1f} %")
+        rows.append([*case, *figures])
+    header = ["model", "trained", "checkpointing", "tokens of a pack", "planned, MiB", "measured", "error"]
+    return markdown(header, rows)
+
+
+def memory_readme(result: dict) -> str:
+    machine = f"{result['machine']['cpu']}, torch {result['versions']['torch']}"
+    return f"{memory(result)}\n\n{machine}, commit {result['commit']}: `benchmarks/results/memory.json`."
+
+
+def deviation(result: dict) -> str:
+    """A table a metric and width: a row a size, a column a side; then many small groups, and texts."""
+    parts = []
+    for metric, D in dict.fromkeys((case["metric"], case["D"]) for case in result["cases"]):
+        cases = [case for case in result["cases"] if (case["metric"], case["D"]) == (metric, D)]
+        names = list(dict.fromkeys(name for case in cases for name in case["sides"]))
+        rows = []
+        for case in cases:
+            cells = [of_side(case["sides"].get(name)) for name in names]
+            rows.append([f"{case['n']:,}", span(case["reading_seconds"][0]), *cells])
+        parts.append(f"**{metric}, D {D:,}**: time, MiB beside input and output, error")
+        parts.append(markdown(["n", "reading the array", *names], rows))
+    many, texts = result["many"], result["texts"]
+    middles = ", ".join(f"{name} {span(seconds[0])}" for name, seconds in many["seconds"].items())
+    parts.append(f"{many['groups']:,} groups of {many['size']}, D {many['D']}: {middles}.")
+    first, again = texts["texts_per_s"]
+    parts.append(
+        f"From texts to weights ({texts['of']}, {texts['mean_words']:,.0f} words; MiniLM and the built-in style "
+        f"encoder): {first:,.0f} texts a second, {again:,.0f} where their embeddings are kept."
+    )
+    return "\n\n".join(parts)
+
+
+def of_side(entry: dict | None) -> str:
+    return "" if entry is None else f"{span(entry['seconds'][0])}, {mib(entry) or '?'}, {entry['error']:.0e}"
+
+
+def span(seconds: float) -> str:
+    """A time in its own unit."""
+    for unit, factor in (("s", 1), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:,.3g} {unit}"
+    return f"{seconds * 1e6:,.3g} us"
+
+
+def deviation_readme(result: dict) -> str:
+    machine = (
+        f"{result['machine']['threads']} threads of {result['machine']['cpu']}, torch {result['versions']['torch']}"
+    )
+    return f"{deviation(result)}\n\n{machine}, commit {result['commit']}: `benchmarks/results/deviation.json`."
+
+
 def mib_of(point: dict, name: str) -> str:
     return "?" if point[name] is None else f"{point[name]:,.0f}"
 

@@ -8,8 +8,12 @@
 #include <torch/library.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#ifdef __GLIBC__
+#include <gnu/libc-version.h>
+#endif
 
 namespace ddpo {
 namespace {
@@ -19,6 +23,7 @@ constexpr size_t kAlignment = 64;  // c10::gAlignment on desktops and servers
 struct TightAllocator final : c10::Allocator {
   at::DataPtr allocate(size_t bytes) override {
     void* data = nullptr;
+    TORCH_CHECK_WITH(OutOfMemoryError, bytes <= PTRDIFF_MAX, "ddpo: cannot allocate ", bytes, " bytes");
     if (bytes) {
       void* block = std::malloc(bytes + kAlignment + sizeof(void*));
       TORCH_CHECK_WITH(OutOfMemoryError, block, "ddpo: cannot allocate ", bytes, " bytes");
@@ -40,13 +45,30 @@ struct TightAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 };
 
-// For tensors made from now on, in the whole process; each is freed as it was made.
+bool wants_slack() {
+#ifdef __GLIBC__
+  int major = 0, minor = 0;
+  return std::sscanf(gnu_get_libc_version(), "%d.%d", &major, &minor) == 2 && major == 2 && minor < 38;
+#else
+  return false;
+#endif
+}
+
+// For tensors made from now on, in the whole process; each is freed as it was made. Off: as it was before.
 void allocate_tightly(bool on) {
-  static TightAllocator tight;
-  c10::SetCPUAllocator(on ? &tight : c10::GetDefaultCPUAllocator());
+  static auto* const tight = new TightAllocator;  // tensors may outlive what is destroyed at exit
+  static c10::Allocator* before = nullptr;
+  c10::Allocator* const now = c10::GetCPUAllocator();
+  if (on && now != tight && wants_slack()) {
+    before = now;
+    c10::SetCPUAllocator(tight);
+  } else if (!on && now == tight) {
+    c10::SetCPUAllocator(before);
+  }
 }
 
 }  // namespace
-}  // namespace ddpo
 
-TORCH_LIBRARY_FRAGMENT(ddpo, m) { m.def("allocate_tightly(bool on) -> ()", &ddpo::allocate_tightly); }
+TORCH_LIBRARY_IMPL(ddpo, CompositeExplicitAutograd, m) { m.impl("allocate_tightly", allocate_tightly); }
+
+}  // namespace ddpo

@@ -31,6 +31,11 @@ TORCH_LIBRARY(ddpo, m) {
   m.def(
       "packed_attention_bwd(Tensor upstream, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor cu_seqlens, float scale, int? window, float? softcap) -> (Tensor, Tensor, Tensor)");
+  m.def("mean_cosine(Tensor embeddings, Tensor groups) -> Tensor");
+  m.def(
+      "add_distances(Tensor block, Tensor x, Tensor y, Tensor x_squares, Tensor y_squares, Tensor(a!) by_row, "
+      "Tensor(b!) by_column, bool same, bool is_squared) -> ()");
+  m.def("allocate_tightly(bool on) -> ()");
 }
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};

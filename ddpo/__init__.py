@@ -23,7 +23,12 @@ _HOMES = {
     "preference_loss": "ddpo.fused",
     "head_of": "ddpo.fused",
     "mean_distance": "ddpo.deviation",
+    "nearest_distance": "ddpo.deviation",
+    "vendi_score": "ddpo.deviation",
+    "log_det": "ddpo.deviation",
+    "distinct_k": "ddpo.deviation",
     "weights": "ddpo.deviation",
+    "weigh_dataset": "ddpo.weigh",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -19,7 +19,7 @@ from ddpo.settings import run_command
 
 VERBS = {  # verb -> module, settings, field that the first bare argument names; the function is called like the verb
     "prepare": ("ddpo.prepare", PrepareConfig, "source"),
-    "weigh": ("ddpo.prepare", WeighConfig, "folder"),
+    "weigh": ("ddpo.weigh", WeighConfig, "source"),
     "train": ("ddpo.train", TrainConfig, "data"),
     "plan": ("ddpo.plan", PlanConfig, "data"),
     "generate": ("ddpo.generate", GenerateConfig, "prompts"),

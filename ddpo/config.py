@@ -29,6 +29,10 @@ class Weighing(_Checked):
     """Measures of deviation; both by default. Their geometric mean is the deviation."""
     semantic: str = "minilm"
     """Semantic encoder: 'minilm' or any sentence-transformers model (paper: jinaai/jina-embeddings-v3)."""
+    semantic_prompt: str | None = None
+    """Put before each text for the semantic encoder, where the model wants an instruction."""
+    semantic_task: str | None = None
+    """Task of a semantic encoder that has several (jina-embeddings-v3: text-matching)."""
     style: str = "builtin"
     """Style encoder: 'builtin' or any sentence-transformers model (paper: AnnaWegmann/Style-Embedding)."""
     metric: Literal["cosine", "euclidean"] = "cosine"
@@ -43,6 +47,8 @@ class Weighing(_Checked):
     """Weights are raised to at least 0.2 after normalising."""
     trust_remote_code: bool = False
     """Let an encoder's repository run its own code (jinaai/jina-embeddings-v3 needs it)."""
+    embeddings: str | None = None
+    """Folder where embeddings are kept, each text's once; by default in the user's cache (~/.cache/ddpo/embeddings)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +92,24 @@ class PrepareConfig(Weighing):
 
 @dataclass(frozen=True, kw_only=True)
 class WeighConfig(Weighing):
-    """Weighs a prepared folder anew, its pairs as they are; the old weights stay until the new are whole.
+    """Weights for data that is there.
 
-    Options not given have their defaults, not what the folder was weighed with before.
+    A prepared folder is weighed anew, its pairs as they are; the old weights stay until the new are whole. Any other
+    source is written to --out, row by row: each response of a group with its deviation and weight, each preference pair
+    with its weight. Embeddings are kept, so that a run that was stopped goes on where it was. Options not given have
+    their defaults, not what the folder was weighed with before.
 
-    Example: ddpo weigh prepared --measures semantic
+    Example: ddpo weigh pairs.jsonl --out weighted
     """
 
-    folder: str
-    """The prepared folder."""
+    source: str
+    """A prepared folder; or a .jsonl file, a folder of datasets.save_to_disk, or a data set's name."""
+    out: str | None = None
+    """What to write where the source is no prepared folder: a .jsonl file, or a folder for datasets.load_from_disk."""
+    format: Literal["auto", "groups", "preference", "writing_prompts"] = "auto"
+    """Row format; 'auto' tells it by the first row's keys."""
+    split: str = "train"
+    """Split of a named data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,3 +340,8 @@ class PlanConfig(TrainConfig):
     """Without a prepared folder: tokens of a response."""
     json: bool = False
     """Print one JSON object instead of the table."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gpus < 0:
+            raise ValueError(f"config: gpus must be at least 0, got {self.gpus}")

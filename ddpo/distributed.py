@@ -99,18 +99,6 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gather_rows(mine: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """(num_rows, D): rows dealt out in turn (rank r has r, r + world, ...), put together again in every process."""
-    if not dist.is_initialized():
-        return mine
-    world = dist.get_world_size()
-    padded = torch.zeros(-(-num_rows // world), mine.shape[1], dtype=mine.dtype)
-    padded[: len(mine)] = mine
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, 1).flatten(0, 1)[:num_rows]
-
-
 def any_of_us(flag: bool) -> bool:
     """Whether the flag is true in any process; the same answer in all."""
     return bool(all_reduce(torch.tensor(float(flag))) > 0)

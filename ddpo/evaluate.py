@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from ddpo import distributed, log, metrics
+from ddpo import deviation, distributed, log, metrics
 from ddpo.config import EvaluateConfig
 from ddpo.data.groups import Group, parse_group, read_jsonl
 from ddpo.data.tokens import ChatTokens
@@ -72,8 +72,10 @@ def _measure(groups: list[Group], encoders, likelihood, cfg) -> dict[str, np.nda
     sizes = [len(g.responses) for g in groups]
     offsets = torch.tensor(np.cumsum([0, *sizes]))
     embeddings = {m: encode(texts) for m, encode in encoders.items()}
-    values = {f"{m}_diversity": metrics.diversity(e, offsets).numpy() for m, e in embeddings.items()}
-    values["distinct_k"] = metrics.distinct_k(embeddings["semantic"], offsets, cfg.distinct_threshold).double().numpy()
+    values = {f"{m}_diversity": deviation.diversity(e, offsets).numpy() for m, e in embeddings.items()}
+    values["distinct_k"] = (
+        deviation.distinct_k(embeddings["semantic"], offsets, cfg.distinct_threshold).double().numpy()
+    )
     if likelihood is None:
         per_response = {"num_words": np.array([len(t.split()) for t in texts], float)}
     else:

@@ -28,8 +28,7 @@ from ddpo.model import Policy
 from ddpo.state import adapt, make_policy
 
 VOCABULARY = 512  # of the copies
-SEQUENCE = 61  # tokens; odd, so that no activation has a weight's shape
-NUM_SEQUENCES = (2, 4)
+SEQUENCE, NUM_SEQUENCES = 61, (3, 5)  # tokens; all odd, so that no activation has a weight's shape
 
 
 # --- parameters -------------------------------------------------------------------------------------------
@@ -56,7 +55,6 @@ class Size:
     outside: Share  # embedding, final norm, head
     head: tuple[int, int]  # (V, D)
     head_trained: bool
-    is_tied: bool
 
 
 def size_of(cfg: TrainConfig, config, dtype: torch.dtype) -> Size:
@@ -70,11 +68,10 @@ def size_of(cfg: TrainConfig, config, dtype: torch.dtype) -> Size:
         num_total=sum(p.numel() for p in model.parameters()),
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         whole=whole,
-        layer=max(layers, key=lambda share: share.all),
+        layer=max(layers, key=lambda share: share.all, default=Share(0, 0)),
         outside=Share(whole.frozen - sum(s.frozen for s in layers), whole.trained - sum(s.trained for s in layers)),
         head=tuple(head.shape),
         head_trained=head.requires_grad,
-        is_tied=head is causal.get_input_embeddings().weight,
     )
 
 
@@ -110,7 +107,7 @@ def measure(cfg: TrainConfig, config, dtype: torch.dtype, row_share: float, for_
         model = adapt(cfg, random_model(_shrunk(config, layers), dtype))
         if for_cpu:
             speed_up(model)
-        policy = make_policy(cfg, model, torch.device("cpu")).train()
+        policy = make_policy(cfg, model, torch.device("cpu"), check_packing=False).train()
         _pass(policy, 1, row_share)()  # now gradients are there, as in all but a step's first backward
         for num in NUM_SEQUENCES:
             seen[layers, num * SEQUENCE] = _counted(policy, num, row_share)
@@ -130,6 +127,8 @@ def _shrunk(config, num_layers: int):
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = num_layers, VOCABULARY, None
+    if getattr(text, "num_kv_shared_layers", None):
+        text.num_kv_shared_layers = 0
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:num_layers]
     return config
@@ -137,7 +136,7 @@ def _shrunk(config, num_layers: int):
 
 def _pass(policy: Policy, num_sequences: int, row_share: float) -> Callable[[], None]:
     """Forward, then what takes it back."""
-    num_rows = min(SEQUENCE, max(1, round(SEQUENCE * row_share)))
+    num_rows = min(SEQUENCE, round(SEQUENCE * row_share) | 1)
     ids = np.arange(SEQUENCE + 1) % VOCABULARY
     first = SEQUENCE + 1 - num_rows
     source = SimpleNamespace(prompt_ids=lambda r: ids[:first], response_ids=lambda r: ids[first:])
@@ -156,7 +155,7 @@ def _counted(policy: Policy, num_sequences: int, row_share: float) -> np.ndarray
 
 class Alive(TorchDispatchMode):
     """Bytes of the tensors made inside that are alive, and the most there were. Not counted: parameters, gradients and
-    buffers of the module, which views and sums in place give out again; new gradients, told by their shapes; scratch
+    buffers of the module, which views and sums in place give out again; new gradients, told by shape and dtype; scratch
     inside an op."""
 
     def __init__(self, module: nn.Module):
@@ -164,12 +163,12 @@ class Alive(TorchDispatchMode):
         self.bytes = self.peak = 0
         params = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None), *module.buffers()]
         self._known = {tensor.untyped_storage()._cdata for tensor in params}
-        self._shapes = {shape for p in module.parameters() for shape in (p.shape, p.shape[::-1])}
+        self._new = {(shape, p.dtype) for p in module.parameters() for shape in (p.shape, p.shape[::-1])}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, Tensor) and value.shape not in self._shapes:
+            if isinstance(value, Tensor) and (value.shape, value.dtype) not in self._new:
                 self._add(value.untyped_storage())
         return out
 

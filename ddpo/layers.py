@@ -176,7 +176,7 @@ def _find_rotary(module):
     forward = type(module).forward
     inner = inspect.unwrap(forward)  # newer versions of transformers decorate it
     own = getattr(inner, "__globals__", {}).get(ROTARY)
-    known = own is not None and isinstance(forward, FunctionType) and ROTARY in inner.__code__.co_names and cpp.is_built
+    known = own is not None and ROTARY in inner.__code__.co_names and cpp.is_built
     return _with_our_rotary(forward, own) if known else None
 
 
@@ -196,13 +196,18 @@ def _with_our_rotary(forward, own):
 
 
 def _rebound(forward, rotary):
-    """A copy of a function, and of its decorators, whose innermost global name ROTARY is `rotary`."""
-    inner = getattr(forward, "__wrapped__", None)
+    """A copy of a function, and of its decorators, whose innermost global name ROTARY is `rotary`; None where one of
+    them holds what it wraps in another way than a closure."""
+    if not isinstance(forward, FunctionType):
+        return None
+    names, cells, inner = forward.__globals__, forward.__closure__, getattr(forward, "__wrapped__", None)
     if inner is None:
-        names, cells = {**forward.__globals__, ROTARY: rotary}, forward.__closure__
+        names = {**names, ROTARY: rotary}
     else:
-        ours = CellType(_rebound(inner, rotary))
-        names, cells = forward.__globals__, tuple(ours if c.cell_contents is inner else c for c in forward.__closure__)
+        ours, held = _rebound(inner, rotary), [c for c in cells or () if c.cell_contents is inner]
+        if ours is None or len(held) != 1:
+            return None
+        cells = tuple(CellType(ours) if c is held[0] else c for c in cells)
     twin = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, cells)
     twin.__kwdefaults__ = forward.__kwdefaults__
     return twin

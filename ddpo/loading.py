@@ -1,5 +1,6 @@
 """Models found and loaded: a folder, a hub name or the packaged SmolLM2; with adapters merged or fresh."""
 
+import copy
 import importlib.util
 import warnings
 from contextlib import suppress
@@ -79,7 +80,9 @@ def head_shape(name: str) -> tuple[int, int]:
 
 def random_model(config, dtype: torch.dtype):
     """A model of random weights, in evaluation mode; under torch.device("meta") one without memory."""
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=dtype
+    ).eval()  # it writes dtype into the config
 
 
 def load_model(name: str, adapter: str | None, dtype: str, device: torch.device):

@@ -31,9 +31,9 @@ class Policy(nn.Module):
     Body and head run inside one forward, so that a wrapper around the module sees every trained weight.
     """
 
-    def __init__(self, model, drop_below: float = 0.0, autocast: torch.dtype | None = None):
+    def __init__(self, model, drop_below: float = 0.0, autocast: torch.dtype | None = None, check_packing: bool = True):
         """drop_below: see linear_logp. autocast: dtype of the matrix products, None: the weights'. Raises ValueError
-        for a model whose head is not a plain linear layer, or that cannot be packed."""
+        for a model whose head is not a plain linear layer, or that cannot be packed, which check_packing tries."""
         super().__init__()
         self.model = model
         self.drop_below = drop_below
@@ -43,7 +43,10 @@ class Policy(nn.Module):
                 f"the head of the model is {type(self.causal.get_output_embeddings()).__name__}; wanted a plain "
                 "linear layer: take lm_head out of lora_targets"
             )
-        self._check_packing()
+        if check_packing:
+            self._check_packing()
+        else:
+            self.causal.set_attn_implementation("ddpo_packed")
 
     @property
     def causal(self):

@@ -5,8 +5,8 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -45,6 +45,10 @@ class Step:
     longest: int  # tokens of the longest sequence
     source: str
 
+    def pack(self, micro_tokens: int) -> int:
+        """Tokens of the largest pack."""
+        return min(max(micro_tokens, self.longest), self.largest)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -73,20 +77,31 @@ def plan(cfg: PlanConfig) -> dict:
     on_gpu, world = cfg.gpus > 0, max(1, cfg.gpus)
     train = as_on_machine(cfg, on_gpu)
     config = read_config(cfg.model)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"plan: {cfg.model} is quantised, which is not planned; name the model it was made from")
     dtype = getattr(torch, train.dtype)
     size = size_of(train, config, dtype)
+    if (host := memory_of_this_machine()) < 4 * size.layer.all:
+        raise ValueError(
+            f"plan: measures two layers and their gradients here, more than this machine's {host >> 20:,} MiB"
+        )
     step = step_of(cfg)
     bare = replace(train, compile=False, drop_below=0.0)
-    passes = measure(bare, config, dtype, step.rows / step.tokens, for_cpu=not on_gpu)
+    with quiet():
+        passes = measure(bare, config, dtype, step.rows / step.tokens, for_cpu=not on_gpu)
     base = cfg.gpu_reserved * 2**30 if on_gpu else held_by_this_process()
     room = cfg.gpu_memory * 2**30 if on_gpu else memory_of_this_machine()
 
     def memory(tokens: int) -> Memory:
-        return memory_of(train, size, step, passes(tokens), tokens, base, world)
+        """At the fuller of a step's first pack and a later one, which finds all gradients there."""
+        later = max(1, min(tokens, step.largest - tokens))
+        packs = [(tokens, True)] + [(later, False)] * (step.largest > tokens)
+        found = (memory_of(train, size, step, passes(n), n, first, base, world) for n, first in packs)
+        return max(found, key=lambda of: of.total)
 
-    tokens = min(max(step.micro_tokens, step.longest), step.largest)
+    tokens = step.pack(step.micro_tokens)
     found = memory(tokens)
-    load = 0.0 if on_gpu else base + loading(config, size, dtype)
+    load = base + (size.whole.all if on_gpu else loading(config, size, dtype))
     flop = flop_of(train, config, size, step, passes)
     rate = cfg.flops or (None if on_gpu else gemm_rate(dtype))
     result = {
@@ -98,7 +113,7 @@ def plan(cfg: PlanConfig) -> dict:
         "loading_mib": load / MIB,
         "peak_mib": max(load, found.total) / MIB,
         "pack_tokens": tokens,
-        "most_micro_tokens": most(lambda n: max(load, memory(n).total) <= room),
+        "most_micro_tokens": most(lambda n: max(load, memory(step.pack(n)).total) <= room, step.largest),
         "step": {f.name: getattr(step, f.name) for f in fields(step)},
         "flop": {**flop, "total": sum(flop.values())},
         "flops": rate,
@@ -115,7 +130,7 @@ def as_on_machine(cfg: PlanConfig, on_gpu: bool) -> PlanConfig:
     """The settings with every 'auto' as it would turn out there. A GPU is taken to have bfloat16."""
     named = replace(cfg, dtype=check_dtype(cfg))
     if on_gpu:
-        half = cfg.autocast == "bfloat16" or (cfg.autocast == named.dtype == "auto")
+        half = cfg.autocast == "bfloat16" or (cfg.autocast == cfg.dtype == "auto")
         dtype = "bfloat16" if named.dtype == "auto" else named.dtype
         return replace(named, dtype=dtype, autocast="bfloat16" if half else "off", drop_below=0.0)
     dtype = pick_dtype(named.dtype, torch.device("cpu"))
@@ -134,46 +149,52 @@ def step_of(cfg: PlanConfig) -> Step:
     length = cfg.tokens_per_prompt + cfg.tokens_per_response - 1
     of_item = 1 if cfg.method == "sft" else 2
     num, most = cfg.batch_size * of_item, of_item * -(-cfg.batch_size // max(1, cfg.gpus))  # in all, of a process
-    rows = length - 1 if cfg.nll_tokens == "all" and cfg.method in ("orpo", "dorpo") else cfg.tokens_per_response
+    rows = length if cfg.nll_tokens == "all" and cfg.method in ("orpo", "dorpo") else cfg.tokens_per_response
     why = f"assumed: {num} responses of {cfg.tokens_per_response} tokens, prompts of {cfg.tokens_per_prompt}"
     why += f" (there is no folder {cfg.data})" if cfg.data else ""
     micro = cfg.micro_tokens or min(MOST_TOKENS, max(least, of_item * length))
-    return Step(num * length, num * rows, num * length**2, length, 0.0, micro, most * length, length, why)
+    again = float(of_item * length > micro)
+    return Step(num * length, num * rows, num * length**2, length, again, micro, most * length, length, why)
 
 
 def _step_of_folder(cfg: PlanConfig, least: int) -> Step:
-    schedule = Schedule(Prepared(cfg.data), cfg, least)
+    data = Prepared(cfg.data)
+    schedule = Schedule(data, cfg, least)
+    longest = int((data.num_prompt_tokens + data.num_tokens - 1)[schedule.forwarded_responses()].max(initial=1))
     steps = np.unique(np.linspace(0, schedule.num_steps - 1, MOST_STEPS).round().astype(int))
-    world, sums, whole, longest = max(1, cfg.gpus), np.zeros(5), [], 1
+    world, sums, largest = max(1, cfg.gpus), np.zeros(5), 1
     for step in steps:
-        of_step = 0
         for rank in range(world):
+            of_rank = 0
             for batch in schedule.batches(int(step), rank, world):
                 lengths = np.concatenate([np.diff(pack.cu_seqlens.numpy()) for pack in batch.packs])
                 rows = sum(len(pack.targets) for pack in batch.packs)
                 tokens = int(lengths.sum())
                 sums += tokens, rows, (lengths.astype(float) ** 2).sum(), len(lengths), tokens * (len(batch.packs) > 1)
-                of_step, longest = max(of_step, tokens), max(longest, int(lengths.max()))
-        whole.append(of_step)
+                of_rank += tokens
+            largest = max(largest, of_rank)
     mean = sums / len(steps)
     seen_all = len(steps) == schedule.num_steps
     why = f"{cfg.data}: mean of {len(steps)} of {schedule.num_steps} steps"
     micro = schedule.micro_tokens
-    largest = min(max(whole), max(micro, longest)) if seen_all else max(micro, longest)
+    if not seen_all:  # another step may fill a pack
+        largest = max(largest, micro, longest)
     return Step(*mean[:3].tolist(), mean[0] / mean[3], float(mean[4] / mean[0]), micro, largest, longest, why)
 
 
 # --- memory -----------------------------------------------------------------------------------------------
 
 
-def memory_of(cfg: PlanConfig, size: Size, step: Step, one: Pass, tokens: int, base: float, world: int) -> Memory:
-    """Of one of `world` processes, at a pack of so many tokens."""
+def memory_of(
+    cfg: PlanConfig, size: Size, step: Step, one: Pass, tokens: int, is_first: bool, base: float, world: int
+) -> Memory:
+    """Of one of `world` processes, at a pack of so many tokens, the first of its step or a later one."""
     fsdp = world > 1 and pick_parallel(cfg) == "fsdp"
     shares = world if fsdp else 1
     adapter = size.whole.trained if cfg.lora else 0
     head = head_bytes(cfg, size, rows=tokens * step.rows / step.tokens, sequences=tokens / step.mean_length)
     gradients = size.whole.trained / shares
-    if step.tokens / world <= tokens:  # one backward alone: its gradients come as what was saved goes
+    if is_first:  # gradients come as what was saved goes
         gradients = max(0.0, gradients - one.saved - head)
     exchange = 0.0
     if fsdp:  # two layers and all that is outside of the layers stand whole, weights and gradients
@@ -202,7 +223,9 @@ def head_bytes(cfg: PlanConfig, size: Size, rows: float, sequences: float) -> fl
         return tuned.Choice().chunk_mib * MIB + gradient + cast + (4 * rows * D if size.head_trained else 0)
     if not cpp.is_built:
         return (chunked.CPU_CHUNK_BYTES if item >= 4 else chunked.HALF_CHUNK_BYTES) + gradient
-    kept = rows * V / MOST_KEPT * KEPT_BYTES + sequences * V * item if size.head_trained and cfg.drop_below else 0
+    kept = 0
+    if size.head_trained and cfg.drop_below:  # probabilities, a mean row a sequence, the rows themselves
+        kept = rows * V / MOST_KEPT * KEPT_BYTES + sequences * V * item + rows * D * item
     return CPP_BUFFER * (1 if item >= 4 else 2) + gradient + kept
 
 
@@ -232,9 +255,11 @@ def memory_of_this_machine() -> float:
     return found
 
 
-def most(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, 0 where none does."""
-    low, high = 0, 1 << 24
+def most(fits: Callable[[int], bool], high: int) -> int:
+    """The largest number up to `high` that fits, 0 where none does."""
+    if fits(high):
+        return high
+    low = 0
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -274,6 +299,16 @@ def gemm_rate(dtype: torch.dtype) -> float:
         torch.mm(a, b)
         times.append(time.perf_counter() - start)
     return 2 * 2048**3 / min(times)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What the copies say is not for the reader."""
+    before, log.console.quiet = log.console.quiet, True
+    try:
+        yield
+    finally:
+        log.console.quiet = before
 
 
 # --- telling ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`ddpo prepare`: import, filter, pair, weigh; and `ddpo weigh`: weigh again."""
+"""`ddpo prepare`: import, filter, pair, weigh."""
 
 import dataclasses
 from collections import Counter
@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from rich.markup import escape
 
-from ddpo import __version__, deviation, distributed, log
-from ddpo.config import PrepareConfig, WeighConfig, Weighing
+from ddpo import __version__, distributed, log
+from ddpo.config import PrepareConfig
 from ddpo.data import prepared
 from ddpo.data.groups import Group, group_row, write_jsonl
 from ddpo.data.importers import read_groups
 from ddpo.data.pairs import all_pairs, divpo_pairs, gap_pairs
 from ddpo.data.tokens import ChatTokens
-from ddpo.encoders import load_encoder
 from ddpo.files import new_folder
 from ddpo.loading import find_model
+from ddpo.weighing import deviations, embed, tell_weights, weigh_pairs
 
 
 def prepare(cfg: PrepareConfig) -> Path:
@@ -60,7 +60,7 @@ def prepare(cfg: PrepareConfig) -> Path:
     }
     manifest = {
         "ddpo": __version__,
-        "settings": dataclasses.asdict(cfg),
+        "settings": {k: v for k, v in dataclasses.asdict(cfg).items() if k != "embeddings"},
         "tokenizer": {
             "model": cfg.model,
             "chat_template": tokens.tokenizer.chat_template,
@@ -75,27 +75,6 @@ def prepare(cfg: PrepareConfig) -> Path:
     show(summary, out)
     distributed.barrier()
     return out
-
-
-def weigh(cfg: WeighConfig) -> Path:
-    """Weighs a prepared folder anew, its pairs as they are; the old weights stay until the new are whole."""
-    rank, _ = distributed.start()
-    data = prepared.Prepared(cfg.folder)
-    embeddings = embed(data.texts(), cfg)
-    if rank:
-        distributed.barrier()  # the first process writes
-        return data.folder
-    pairs = np.column_stack([data.pair_group, data.pairs])
-    weighting, summary = weigh_pairs(data.group_offsets(), pairs, embeddings, cfg)
-    manifest = data.manifest
-    weighed_by = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Weighing)}
-    settings = {**manifest["settings"], **weighed_by}
-    log.console.print("weighing by " + ", ".join(f"{m} ({getattr(cfg, m)})" for m in cfg.measures) + f", {cfg.metric}")
-    changed = {"settings": settings, "summary": {**manifest["summary"], "weights": summary}}
-    prepared.weigh(data.folder, weighting, changed)
-    show(changed["summary"], data.folder)
-    distributed.barrier()
-    return data.folder
 
 
 # --- the stages -------------------------------------------------------------------------------------------
@@ -146,17 +125,6 @@ def split_off(num_groups: int, cfg: PrepareConfig) -> tuple[list[int], list[int]
     return [i for i in range(num_groups) if i not in out], sorted(out)
 
 
-def embed(texts: list[str], cfg: Weighing) -> dict[str, torch.Tensor]:
-    """Each measure's embeddings of all texts, (R, D) float32; under torchrun each process encodes a share."""
-    if not cfg.measures or len(set(cfg.measures)) != len(cfg.measures):
-        raise ValueError(f"measures must name each of semantic and style at most once, got {list(cfg.measures)}")
-    encoders = {m: load_encoder(getattr(cfg, m), m, cfg.trust_remote_code) for m in cfg.measures}
-    rank, world = distributed.start()
-    if world > max(1, len(texts)):
-        raise ValueError(f"{world} processes for {len(texts)} responses; start fewer")
-    return {m: distributed.gather_rows(encode(texts[rank::world]), len(texts)) for m, encode in encoders.items()}
-
-
 def make_pairs(groups: list[Group], offsets: np.ndarray, embeddings: dict, cfg: PrepareConfig, dropped: Counter):
     """(group, chosen, rejected) rows by the rule, or as given, and what to say of the gap."""
     pairs, differences = [], []
@@ -179,29 +147,8 @@ def make_pairs(groups: list[Group], offsets: np.ndarray, embeddings: dict, cfg: 
 
 
 def _deviation(embeddings, start, pool, cfg) -> np.ndarray:
-    rows = torch.tensor(pool) + int(start)
-    distances = {m: deviation.mean_distance(e[rows], cfg.metric) for m, e in embeddings.items()}
-    return deviation.weights(distances, combine=cfg.combine).deviation.numpy()
-
-
-def weigh_pairs(offsets: np.ndarray, pairs: np.ndarray, embeddings: dict, cfg: Weighing) -> tuple[dict, dict]:
-    """Columns for prepared.write / prepared.weigh, and the report over the pairs' weights.
-
-    pairs (P, 3): group, chosen, rejected. Under normalise_over 'pairs' the other responses have no deviation (nan).
-    """
-    num = int(offsets[-1])
-    used = np.arange(num) if cfg.normalise_over == "all" else np.unique(pairs[:, 1:])
-    counts = np.bincount(np.searchsorted(offsets, used, side="right") - 1, minlength=len(offsets) - 1)
-    groups = torch.tensor(np.cumsum([0, *counts[counts > 0]]))
-    columns = {name: np.full(num, np.nan) for name in (*(f"distance_{m}" for m in embeddings), "deviation", "weight")}
-    distances = {m: deviation.mean_distance(e[used], cfg.metric, groups) for m, e in embeddings.items()}
-    options = {"combine": cfg.combine, "min_deviation": cfg.min_deviation, "release_floor": cfg.release_floor}
-    result = deviation.weights(distances, groups, **options)
-    for name, values in {**{f"distance_{m}": d for m, d in distances.items()}, **vars(result)}.items():
-        if name in columns:
-            columns[name][used] = values.numpy()
-    pair_weight = columns["weight"][pairs[:, 1]]
-    return {"pair_weight": pair_weight, "deviation": columns}, deviation.report(torch.from_numpy(pair_weight))
+    rows, plain = torch.tensor(pool) + int(start), dataclasses.replace(cfg, min_deviation=0.0, release_floor=False)
+    return deviations({m: e[rows] for m, e in embeddings.items()}, plain)[1].deviation.numpy()
 
 
 def show(summary: dict, folder: Path) -> None:
@@ -222,9 +169,5 @@ def show(summary: dict, folder: Path) -> None:
             say(f"  [yellow]warning: no pair's scores differ by {summary['gap']:g}; give --gap in the score's unit[/]")
     if not summary["pairs"]:
         say("  [yellow]warning: no pairs: scores are equal or missing in every group; only SFT can use this folder[/]")
-    weights = summary["weights"]
-    say(
-        f"weights of the pairs: mean {weights['mean']:.3f}, zero {weights['zero_share']:.0%}, "
-        f"effective sample size {weights['effective_sample_size']:.1f} of {weights['count']}"
-    )
+    say(f"weights of the pairs: {tell_weights(summary['weights'])}")
     say(f"prepared folder: {escape(str(folder))}")

@@ -121,10 +121,10 @@ def adapt(cfg: TrainConfig, model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def make_policy(cfg: TrainConfig, model: nn.Module, device: torch.device) -> Policy:
+def make_policy(cfg: TrainConfig, model: nn.Module, device: torch.device, check_packing: bool = True) -> Policy:
     """The policy over a model that is there."""
     drop_below = pick_drop_below(cfg.drop_below, device, model.dtype)
-    policy = Policy(model, drop_below, pick_autocast(cfg.autocast, cfg.dtype, device))
+    policy = Policy(model, drop_below, pick_autocast(cfg.autocast, cfg.dtype, device), check_packing)
     if cfg.activation_checkpointing:
         policy.causal.activation_checkpointing_enable({"use_reentrant": False})
     if cfg.compile:

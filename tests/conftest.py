@@ -115,6 +115,15 @@ def tiny_model(family="starcoder2", seed=0, **changes):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float64)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def embeddings_folder(tmp_path_factory):
+    """Embeddings are made anew in each session."""
+    folder = tmp_path_factory.mktemp("embeddings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpo.embedded.default_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """The tiny model and its tokenizer, saved."""

@@ -40,6 +40,13 @@ def test_scaling():
     assert len(result["time"]["points"]) == len(result["memory"]["points"]) == 2
 
 
+def test_deviation():
+    result = quick("deviation")
+    assert {case["metric"] for case in result["cases"]} == {"cosine", "euclidean"}
+    assert all(case["sides"]["ddpo"]["error"] <= 1e-6 for case in result["cases"])
+    assert result["texts"]["texts_per_s"][1] > result["texts"]["texts_per_s"][0]
+
+
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory, groups_file):
     """(data, ours, the released algorithm) on the benchmarks' tiny Llama."""

@@ -15,9 +15,21 @@ FLOORS = [  # a file imports its own floor or lower
     {"losses", "fused", "deviation", "metrics"},
     {
         *("data", "encoders", "loading", "attention", "layers", "model", "refcache", "checkpoint", "log", "config"),
-        *("distributed", "objective", "schedule", "passes", "run", "state", "watch", "settings", "footprint"),
+        *(
+            "distributed",
+            "objective",
+            "schedule",
+            "passes",
+            "run",
+            "state",
+            "watch",
+            "settings",
+            "footprint",
+            "embedded",
+            "weighing",
+        ),
     },
-    {"train", "generate", "evaluate", "prepare", "tune", "plan"},
+    {"train", "generate", "evaluate", "prepare", "weigh", "tune", "plan"},
     {"demo", "cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from ddpo import checkpoint
 from ddpo.config import WeighConfig
 from ddpo.data.prepared import Prepared
-from ddpo.prepare import weigh
 from ddpo.settings import to_yaml
 from ddpo.train import train as run_training
+from ddpo.weigh import weigh
 
 
 def torchrun(*arguments, ranks=2):
@@ -185,9 +185,21 @@ def test_prepare_shares_out_the_embeddings(make_prepared, tmp_path):
     alone = make_prepared()
     settings = alone.manifest["settings"]
     options = [f"--{key}={settings[key]}" for key in ("model", "pairs", "gap")]
-    folder = str(tmp_path / "three")
-    finished(torchrun("ddpo", "prepare", settings["source"], "--out", folder, "--measures", "style", *options, ranks=3))
+    folder, kept = str(tmp_path / "three"), tmp_path / "kept"
+    options += ["--measures", "style", "--embeddings", str(kept)]
+    finished(torchrun("ddpo", "prepare", settings["source"], "--out", folder, *options, ranks=3))
+    assert len(list(kept.rglob("*.arrow"))) == 3
     assert Prepared(folder).manifest["content_hash"] == alone.manifest["content_hash"]
     finished(torchrun("ddpo", "weigh", folder, "--measures", "style", "--min-deviation", "0.5"))
-    weigh(WeighConfig(folder=str(alone.folder), measures=("style",), min_deviation=0.5))
+    weigh(WeighConfig(source=str(alone.folder), measures=("style",), min_deviation=0.5))
     assert Prepared(folder).weight.tolist() == Prepared(alone.folder).weight.tolist()
+
+
+def test_weigh_shares_out_the_embeddings(groups_file, tmp_path):
+    """The same file as one process writes; a share of the texts from each."""
+    options = {"source": str(groups_file), "measures": ("style",)}
+    weigh(WeighConfig(out=str(tmp_path / "alone.jsonl"), **options))
+    arguments = ["--measures", "style", "--embeddings", str(tmp_path / "kept"), "--out", str(tmp_path / "two.jsonl")]
+    out = finished(torchrun("ddpo", "weigh", str(groups_file), *arguments))
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+    assert len(list((tmp_path / "kept").rglob("*.arrow"))) == 2 and out.count("wrote") == 1

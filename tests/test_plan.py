@@ -1,6 +1,7 @@
 """`ddpo plan`: its parameters are the model's, its memory is what training takes, its FLOP are what was multiplied."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ from conftest import ROOT, need_cpp, tiny_model, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpo import footprint, loading
-from ddpo import plan as planning
 from ddpo.cli import main
 from ddpo.config import PlanConfig, TrainConfig
 from ddpo.data.batches import pack
@@ -69,7 +69,31 @@ def test_memory_of_this_cpu(tmp_path):
 
 
 @need_cpp
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_used_again():
+    """Half of the tensors freed, smaller ones made, as many of the old size made again: memory grows by little more
+    than the smaller ones take, 0.08 of all. (Under PyTorch's own allocator and a glibc before 2.38 mostly by half.)"""
+    code = """
+import torch
+from benchmarks.measure import resident
+from ddpo.ops import cpp
+cpp.allocate_tightly()
+kept = [torch.ones(200_000) for _ in range(400)]  # under malloc's threshold for pages of their own
+before = resident("VmRSS")
+for _ in range(4):
+    kept[::2] = [None] * 200
+    smaller = [torch.ones(66_666) for _ in range(100)]
+    kept[::2] = [torch.ones(200_000) for _ in range(200)]
+    del smaller
+print((resident("VmRSS") - before) / 320e6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.2
+
+
+@need_cpp
+def test_tensors_of_both_allocators():
     """Tensors are aligned, and freed by the allocator that made them, whichever is on then."""
     default = torch.ones(1000)
     cpp.allocate_tightly()
@@ -99,7 +123,7 @@ def test_parameters(config, changes):
     assert size.whole.all == sum(p.nbytes for p in params) and size.whole.trained == sum(p.nbytes for p in trained)
     layer = sum(p.nbytes for p in policy.layers()[0].parameters())
     assert size.layer.all == layer and size.outside.all == size.whole.all - layer * len(policy.layers())
-    assert size.is_tied and size.head == (258, 16) and size.head_trained == (not cfg.lora)
+    assert size.head == (258, 16) and size.head_trained == (not cfg.lora)
 
 
 def test_llama_8b_without_its_weights(tmp_path):
@@ -145,6 +169,14 @@ def test_flop(config, tmp_path):
     assert flop["attention"] == pytest.approx(2 * 4 * 24**2 * heads * 2 * 3.5)  # 4 sequences, 2 layers
     assert flop["head"] == pytest.approx(2 * 80 * 258 * 16 * 2)  # 80 rows, frozen: two products
     assert found["seconds"] == pytest.approx(sum(list(flop.values())[:3]) / 0.5e9)
+
+
+def test_flop_by_hand(config):
+    """All weights trained: each product of a layer once forward and twice backward, 6 FLOP a parameter and token."""
+    cfg = PlanConfig(**{**vars(config(batch_size=2, lora=False)), "data": None}, tokens_per_prompt=5)
+    layers = 2 * (16 * 16 * 2 + 2 * 16 * 8 + 2 * 16 * 24)  # q, o; k, v; c_fc, c_proj
+    tokens = 4 * (5 + 512 - 1)
+    assert plan(replace(cfg, flops=1e9))["flop"]["layers"] == pytest.approx(6 * layers * tokens)
 
 
 # --- the plan ---------------------------------------------------------------------------------------------
@@ -195,10 +227,30 @@ def test_command_line(config, tmp_path, capsys):
     assert "--no-lora in bfloat16 loses most small updates" in capsys.readouterr().err
 
 
-def test_a_file_of_another_dtype_stands_beside_the_weights():
-    config = tiny_model().config
-    size = footprint.size_of(TrainConfig(data="", out="", lora=False), config, torch.float32)
-    config.dtype = torch.float32
-    assert planning.loading(config, size, torch.float32) == 4 * size.num_total
-    config.dtype = torch.bfloat16
-    assert planning.loading(config, size, torch.float32) == 6 * size.num_total
+@pytest.mark.parametrize("dtype, item", [(torch.float32, 4), (torch.bfloat16, 6)], ids=str)
+def test_a_file_of_another_dtype_stands_beside_the_weights(config, tmp_path, dtype, item):
+    tiny_model().to(dtype).save_pretrained(tmp_path)
+    found = plan(PlanConfig(**{**vars(config()), "data": None, "model": str(tmp_path), "dtype": "float32"}, flops=1e9))
+    base, loading = found["memory_mib"]["base"], found["loading_mib"]
+    assert (loading - base) * 2**20 == pytest.approx(item * found["parameters"]["total"], abs=1)
+
+
+def test_all_weights_on_gpus_load_whole_and_compute_in_bfloat16(config):
+    """Every process loads the model before it is shared out; autocast keeps half copies of the weights for backward."""
+    cfg = PlanConfig(**{**vars(config(lora=False, dtype="auto")), "data": None}, gpus=8)
+    auto, off = plan(cfg), plan(replace(cfg, autocast="off"))
+    weights = 4 * auto["parameters"]["total"]
+    assert auto["dtype"] == "float32" and auto["loading_mib"] * 2**20 == pytest.approx(2**30 + weights)
+    copies = auto["memory_mib"]["activations"] - off["memory_mib"]["activations"]
+    assert auto["memory_mib"]["head"] > off["memory_mib"]["head"] and copies != 0
+
+
+def test_refusals(config, tmp_path):
+    model = tiny_model()
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    model.config.save_pretrained(tmp_path)
+    cfg = PlanConfig(**{**vars(config()), "data": None, "model": str(tmp_path)})
+    with pytest.raises(ValueError, match="is quantised, which is not planned"):
+        plan(cfg)
+    with pytest.raises(ValueError, match="gpus must be at least 0, got -1"):
+        replace(cfg, gpus=-1)

@@ -82,7 +82,7 @@ def test_reference_holds_the_sft_adapter(config, make_prepared, model_folder, ca
 def test_cache_serves_epochs_weightings_and_runs(config, make_prepared, monkeypatch):
     """Computed by the first run alone; a killed computation keeps what it had."""
     from ddpo.config import WeighConfig
-    from ddpo.prepare import weigh
+    from ddpo.weigh import weigh
 
     data = make_prepared()
     calls = []
@@ -96,7 +96,7 @@ def test_cache_serves_epochs_weightings_and_runs(config, make_prepared, monkeypa
     run = {"data": str(data.folder), "epochs": 2, "forward_zero_weight": True}
     first = config(**run)
     run_training(first)
-    weigh(WeighConfig(folder=str(data.folder), measures=("style",), min_deviation=0.5))
+    weigh(WeighConfig(source=str(data.folder), measures=("style",), min_deviation=0.5))
     run_training(config(**run))
     run_training(config(**{**run, "method": "dpo"}))
     assert len(calls) == 1 and metrics(first)[0]["rewards/margins"] == pytest.approx(0, abs=1e-9)

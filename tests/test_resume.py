@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from ddpo import checkpoint
 from ddpo.config import WeighConfig
-from ddpo.prepare import weigh
 from ddpo.run import Stop
 from ddpo.train import train as run_training
+from ddpo.weigh import weigh
 
 
 class StopAfter(Stop):
@@ -67,7 +67,7 @@ def test_resume_refuses_changed_data(config, tmp_path):
     cfg = config(data=str(folder), batch_size=12)
     with pytest.raises(SystemExit):
         run_training(cfg, StopAfter(0))
-    weigh(WeighConfig(folder=str(folder), measures=("style",), min_deviation=1.0))
+    weigh(WeighConfig(source=str(folder), measures=("style",), min_deviation=1.0))
     with pytest.raises(ValueError, match="the prepared folder has changed since"):
         run_training(replace(cfg, resume=True))
 

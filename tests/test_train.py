@@ -15,9 +15,10 @@ from ddpo.config import GenerateConfig, PrepareConfig, TrainConfig, WeighConfig
 from ddpo.data.groups import read_jsonl, write_jsonl
 from ddpo.data.prepared import Prepared
 from ddpo.generate import generate
-from ddpo.prepare import prepare, weigh
+from ddpo.prepare import prepare
 from ddpo.schedule import lr_at
 from ddpo.train import train as run_training
+from ddpo.weigh import weigh
 
 # --- identities -------------------------------------------------------------------------------------------
 
@@ -37,7 +38,7 @@ def test_loss_of_step_zero(config):
 def test_weight_one_is_dpo_bit_for_bit(config, tmp_path):
     ones = tmp_path / "ones"
     shutil.copytree(config().data, ones)
-    weigh(WeighConfig(folder=str(ones), measures=("style",), min_deviation=1.0))
+    weigh(WeighConfig(source=str(ones), measures=("style",), min_deviation=1.0))
     assert (Prepared(ones).weight == 1).all()
     for weighted, plain in (("ddpo", "dpo"), ("dorpo", "orpo")):
         pair = [config(data=str(ones), method=m, epochs=2) for m in (weighted, plain)]

@@ -11,9 +11,9 @@ from ddpo import reference
 from ddpo.config import WeighConfig
 from ddpo.data.prepared import Prepared
 from ddpo.deviation import report
-from ddpo.encoders import style_features
+from ddpo.encoders import Encoder, style_features
 from ddpo.files import read_json, sha256, write_json
-from ddpo.prepare import weigh
+from ddpo.weigh import weigh
 
 FOUR = ("groups", "responses", "pairs", "deviation")
 UNEVEN = [
@@ -70,7 +70,9 @@ def test_weights_are_the_references(make_prepared, groups, options):
 def test_two_measures(make_prepared, monkeypatch, combine):
     """A second measure that loads nothing: the style of every other letter."""
     encode = {"style": style_features, "semantic": lambda texts: style_features([t[::2] for t in texts])}
-    monkeypatch.setattr("ddpo.prepare.load_encoder", lambda name, measure, trust: encode[measure])
+    monkeypatch.setattr(
+        "ddpo.weighing.load_encoder", lambda name, measure, **_: Encoder(measure, measure, encode[measure])
+    )
     data = make_prepared(UNEVEN, measures=("semantic", "style"), combine=combine)
     got = columns(data)
     assert got.keys() == {"distance_semantic", "distance_style", "deviation", "weight"}
@@ -100,7 +102,7 @@ def test_weighing_again(make_prepared):
     old = make_prepared(UNEVEN)
     old_hash, old_files = old.manifest["content_hash"], old.manifest["files"]
     (old.folder / "heldout.jsonl").write_text("mine")
-    assert weigh(WeighConfig(folder=str(old.folder), measures=("style",), metric="euclidean")) == old.folder
+    assert weigh(WeighConfig(source=str(old.folder), measures=("style",), metric="euclidean")) == old.folder
     new = Prepared(old.folder)
     np.testing.assert_array_equal(new.pairs, old.pairs)
     check(new, metric="euclidean")
@@ -118,13 +120,13 @@ def test_weighing_there_and_back_is_the_same_folder(make_prepared):
     old = make_prepared()
     before = {p.name: sha256(p) for p in old.folder.iterdir()}
     for changes in ({"min_deviation": 0.5}, {}):
-        weigh(WeighConfig(folder=str(old.folder), measures=("style",), **changes))
+        weigh(WeighConfig(source=str(old.folder), measures=("style",), **changes))
     assert {p.name: sha256(p) for p in old.folder.iterdir()} == before
 
 
 def test_weighing_that_changes_nothing_keeps_the_files(make_prepared):
     old = make_prepared()
-    weigh(WeighConfig(folder=str(old.folder), measures=("style",)))
+    weigh(WeighConfig(source=str(old.folder), measures=("style",)))
     assert Prepared(old.folder).manifest == old.manifest
 
 
@@ -132,7 +134,7 @@ def test_weighing_that_changes_nothing_keeps_the_files(make_prepared):
 def test_a_weighing_that_fails_leaves_the_old_weights(make_prepared, monkeypatch, where):
     old = make_prepared()
     tables = table_files(old)
-    config = WeighConfig(folder=str(old.folder), measures=("style",), min_deviation=0.5)
+    config = WeighConfig(source=str(old.folder), measures=("style",), min_deviation=0.5)
 
     def fail(*_):
         raise OSError("no space left")
@@ -150,7 +152,7 @@ def test_a_weighing_that_fails_leaves_the_old_weights(make_prepared, monkeypatch
 
 def test_weighing_without_pairs(make_prepared):
     old = make_prepared([("A", [("a", 1), ("b", 1)])])
-    weigh(WeighConfig(folder=str(old.folder), measures=("style",), normalise_over="pairs"))
+    weigh(WeighConfig(source=str(old.folder), measures=("style",), normalise_over="pairs"))
     assert Prepared(old.folder).weight.shape == (0,)
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ddpo.data.groups import Group, Response, check_prompt, check_score, check_text, parse_group, read_jsonl
+from ddpo.data.groups import Group, Prompt, Response, check_prompt, check_score, check_text, parse_group, read_jsonl
 
 KEYS = {  # format -> the keys that tell it
     "groups": ("prompt", "responses"),
@@ -22,35 +22,58 @@ NOT_STORIES = ("**Welcome to the Prompt!**", "this submission has been removed",
 
 
 def read_groups(source: str, format: str = "auto", split: str = "train") -> tuple[list[Group], Counter]:
-    """All groups of a source, and what was dropped, by reason.
+    """All groups of a source, and what was dropped, by reason. See each_group.
 
-    Args:
-        source: a .jsonl file, a folder of datasets.save_to_disk, or a data set's name.
-        format: 'auto' (told by the first row's keys) or a key of KEYS.
-        split: of a named data set.
-    Raises: ValueError for rows that break the format, with file and line.
+    format: 'auto' (told by the first row's keys) or a key of KEYS.
+    Raises: ValueError for rows that break the format, with file and line, and where no group is left.
     """
     dropped: Counter = Counter()
-    if format == "preference":
-        return _merge_preferences(_rows(source, split)), dropped
-    groups = []
-    for where, row in _rows(source, split):
-        if format == "auto":
-            format = _tell(row, where)
-            if format == "preference":
-                return _merge_preferences(_rows(source, split)), dropped
-        if format == "groups":
-            groups.append(parse_group(row, where))
-        else:
-            group = _writing_prompt(row, where, dropped)
-            if group:
-                groups.append(group)
+    format = tell_format(source, split) if format == "auto" else format
+    groups = list(each_group(source, format, split, dropped))
     if not groups:
         raise ValueError(f"{source}: no group is left; dropped: {dict(dropped) or 'nothing'}")
     return groups, dropped
 
 
-def _rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
+def tell_format(source, split: str = "train") -> str:
+    """The format of a source, by its first row's keys. Raises ValueError."""
+    first = next(rows_of(source, split), None)
+    if first is None:
+        raise ValueError(f"{source}: holds no row")
+    where, row = first
+    for format, keys in KEYS.items():
+        if all(key in row for key in keys):
+            return format
+    wanted = "; ".join(f"{format}: {', '.join(keys)}" for format, keys in KEYS.items())
+    raise ValueError(f"{where}: cannot tell the format from the keys {sorted(row)}; wanted {wanted}")
+
+
+def each_group(source, format: str, split: str, dropped: Counter) -> Iterator[Group]:
+    """A source's groups, one at a time; preference rows, of which those of one prompt make one group, are all read
+    first.
+
+    Args:
+        source: a .jsonl file, a folder of datasets.save_to_disk, a data set's name, or a datasets.Dataset.
+        format: a key of KEYS.
+        split: of a named data set.
+        dropped: takes up what is dropped, by reason.
+    Raises: ValueError for rows that break the format, with file and line.
+    """
+    rows = rows_of(source, split)
+    if format == "preference":
+        yield from _merge_preferences(rows)
+    elif format == "groups":
+        yield from (parse_group(row, where) for where, row in rows)
+    else:
+        found = (_writing_prompt(row, where, dropped) for where, row in rows)
+        yield from (group for group in found if group)
+
+
+def rows_of(source, split: str) -> Iterator[tuple[str, dict]]:
+    """(where, row) of each row of a source."""
+    if not isinstance(source, str | Path):  # a datasets.Dataset
+        yield from ((f"row {i}", row) for i, row in enumerate(source))
+        return
     path = Path(source)
     if path.is_file():
         yield from read_jsonl(path)
@@ -71,14 +94,6 @@ def _rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
         yield f"{path.name}[{i}]", row
 
 
-def _tell(row: dict, where: str) -> str:
-    for format, keys in KEYS.items():
-        if all(key in row for key in keys):
-            return format
-    wanted = "; ".join(f"{format}: {', '.join(keys)}" for format, keys in KEYS.items())
-    raise ValueError(f"{where}: cannot tell the format from the keys {sorted(row)}; wanted {wanted}")
-
-
 # --- preference rows --------------------------------------------------------------------------------------
 
 
@@ -86,7 +101,7 @@ def _merge_preferences(rows: Iterator[tuple[str, dict]]) -> list[Group]:
     """Rows of one prompt become one group; the same text under the same prompt is the same response."""
     merged: dict[str, tuple] = {}  # prompt -> prompt, where, {text: index}, pairs
     for where, row in rows:
-        prompt, chosen, rejected = _preference(row, where)
+        prompt, chosen, rejected = preference_of(row, where)
         key = json.dumps(prompt, sort_keys=True)
         _, _, index, pairs = merged.setdefault(key, (prompt, where, {}, []))
         pairs.append(tuple(index.setdefault(text, len(index)) for text in (chosen, rejected)))
@@ -96,7 +111,8 @@ def _merge_preferences(rows: Iterator[tuple[str, dict]]) -> list[Group]:
     ]
 
 
-def _preference(row: dict, where: str):
+def preference_of(row: dict, where: str) -> tuple[Prompt, str, str]:
+    """Prompt, chosen and rejected text of a preference row. Raises ValueError."""
     for key in KEYS["preference"]:
         if key not in row:
             raise ValueError(f"{where}: has no {key!r}; its keys are {sorted(row)}")

@@ -66,8 +66,8 @@ is_built = _load()
 
 
 def allocate_tightly(on: bool = True) -> None:
-    """Gives CPU tensors made from now on, in the whole process, memory that glibc can use again (csrc/allocator.cpp);
-    nothing without the extension."""
+    """Gives CPU tensors made from now on, in the whole process, memory that glibc can use again; off: as it was before.
+    Nothing without the extension, and where PyTorch's own does (csrc/allocator.cpp)."""
     if is_built:
         torch.ops.ddpo.allocate_tightly(on)
 

@@ -187,7 +187,10 @@ def memory(result: dict) -> str:
 
 def memory_readme(result: dict) -> str:
     machine = f"{result['machine']['cpu']}, torch {result['versions']['torch']}"
-    return f"{memory(result)}\n\n{machine}, commit {result['commit']}: `benchmarks/results/memory.json`."
+    commits = f"measured at commit {result['commit']}"
+    if "planned_by_commit" in result:  # the plan was mended and made again for the same trainings
+        commits += f", planned at {result['planned_by_commit']}"
+    return f"{memory(result)}\n\n{machine}, {commits}: `benchmarks/results/memory.json`."
 
 
 def deviation(result: dict) -> str:

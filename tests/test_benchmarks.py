@@ -28,7 +28,8 @@ def test_step():
         assert case["check"]["broken"] == []
         assert case["check"]["losses_apart"] < 1e-4
         start, *later = case["check"]["losses"]["ddpo"]
-        assert not later or later[-1] != start  # the policy has moved: the margins are not 0
+        if later and not case["zero_share"]:
+            assert later[-1] != start  # the policy has moved: the margins are not 0
         assert {"TRL DPOTrainer", "released algorithm", "ddpo"} <= case["sides"].keys()
         assert all(side["pairs_per_s"] > 0 for side in case["sides"].values())
     for key in ("speedup_vs_trl", "speedup_vs_release", "all_pairs_speedup_vs_trl"):

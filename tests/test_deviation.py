@@ -125,16 +125,20 @@ def test_paired_bootstrap():
         metrics.paired_bootstrap([1.0], [1.0, 2.0])
 
 
-@pytest.mark.skipif(not (SHARED / "noveltybench_gemini15pro.jsonl").exists(), reason="real data is not here")
-def test_real_groups_against_reference():
-    """Style weights of 20 real groups of 10, exact duplicates among them."""
+@pytest.mark.parametrize("name", ["noveltybench_gemini15pro.jsonl", "aut_human.jsonl"])
+def test_real_groups_against_reference(name):
+    """Style weights of real groups, exact duplicates among them; one group of aut_human has 1,289 responses."""
     from ddpo.encoders import style_features
 
-    rows = [json.loads(line) for line in (SHARED / "noveltybench_gemini15pro.jsonl").open()][:20]
+    if not (SHARED / name).is_file():
+        pytest.skip(f"no {SHARED / name}")
+    rows = [json.loads(line) for line in (SHARED / name).read_text().splitlines()]
     texts = [r["text"] for row in rows for r in row["responses"]]
     groups = torch.tensor(np.cumsum([0, *(len(row["responses"]) for row in rows)]))
     e = style_features(texts)
-    w = weights({"style": mean_distance(e, groups=groups)}, groups).weight
-    for a, b in itertools.pairwise(groups):
-        expected = reference.weights(reference.deviation([reference.mean_distance(e[a:b].double())]))
-        torch.testing.assert_close(w[a:b], expected, rtol=1e-4, atol=1e-5)
+    for metric in ("cosine", "euclidean"):
+        w = weights({"style": mean_distance(e, metric, groups)}, groups).weight
+        for a, b in itertools.pairwise(groups):
+            d = reference.mean_distance(e[a:b].double(), metric)
+            expected = reference.weights(reference.deviation([d]))
+            torch.testing.assert_close(w[a:b], expected, rtol=1e-4, atol=1e-5)

@@ -148,7 +148,7 @@ def make_pairs(groups: list[Group], offsets: np.ndarray, embeddings: dict, cfg: 
 
 def _deviation(embeddings, start, pool, cfg) -> np.ndarray:
     rows, plain = torch.tensor(pool) + int(start), dataclasses.replace(cfg, min_deviation=0.0, release_floor=False)
-    return deviations({m: e[rows] for m, e in embeddings.items()}, plain)[1].deviation.numpy()
+    return deviations({m: e[rows] for m, e in embeddings.items()}, plain)["deviation"].numpy()
 
 
 def show(summary: dict, folder: Path) -> None:

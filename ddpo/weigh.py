@@ -184,9 +184,7 @@ def windows(items: Iterable, size) -> Iterator[list]:
 def weighed(embeddings: dict[str, torch.Tensor], sizes: list[int], cfg: Weighing) -> dict[str, list[float]]:
     """distance_<measure>, deviation and weight of each response of groups of these sizes."""
     groups = torch.from_numpy(np.cumsum([0, *sizes]))
-    distances, result = deviations(embeddings, cfg, groups)
-    found = {f"distance_{m}": d for m, d in distances.items()}
-    return {k: v.tolist() for k, v in {**found, "deviation": result.deviation, "weight": result.weight}.items()}
+    return {name: values.tolist() for name, values in deviations(embeddings, cfg, groups).items()}
 
 
 def save_dataset(rows: Iterator[dict], folder: Path) -> None:

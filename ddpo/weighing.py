@@ -27,14 +27,16 @@ def embed(texts: list[str], cfg: Weighing) -> dict[str, torch.Tensor]:
     return {m: embedded.rows(texts) for m, embedded in load_measures(cfg).items()}
 
 
-def deviations(embeddings: dict[str, torch.Tensor], cfg: Weighing, groups=None) -> tuple[dict, deviation.Weights]:
-    """Mean distances of each measure (n,), and what they make of deviations and weights.
+def deviations(embeddings: dict[str, torch.Tensor], cfg: Weighing, groups=None) -> dict[str, torch.Tensor]:
+    """distance_<measure>, deviation and weight of each response, (n,) each.
 
     embeddings: (n, D) of each measure; groups: (R+1,) row offsets, None: one group.
     """
     distances = {m: deviation.mean_distance(e, cfg.metric, groups) for m, e in embeddings.items()}
     options = {"combine": cfg.combine, "min_deviation": cfg.min_deviation, "release_floor": cfg.release_floor}
-    return distances, deviation.weights(distances, groups, **options)
+    result = deviation.weights(distances, groups, **options)
+    found = {f"distance_{m}": d for m, d in distances.items()}
+    return {**found, "deviation": result.deviation, "weight": result.weight}
 
 
 def weigh_pairs(offsets: np.ndarray, pairs: np.ndarray, embeddings: dict, cfg: Weighing) -> tuple[dict, dict]:
@@ -46,9 +48,7 @@ def weigh_pairs(offsets: np.ndarray, pairs: np.ndarray, embeddings: dict, cfg: W
     used = np.arange(num) if cfg.normalise_over == "all" else np.unique(pairs[:, 1:])
     counts = np.bincount(np.searchsorted(offsets, used, side="right") - 1, minlength=len(offsets) - 1)
     groups = torch.tensor(np.cumsum([0, *counts[counts > 0]]))
-    distances, result = deviations({m: e[used] for m, e in embeddings.items()}, cfg, groups)
-    found = {f"distance_{m}": d for m, d in distances.items()}
-    found |= {"deviation": result.deviation, "weight": result.weight}
+    found = deviations({m: e[used] for m, e in embeddings.items()}, cfg, groups)
     columns = {name: np.full(num, np.nan) for name in found}
     for name, values in found.items():
         columns[name][used] = values.numpy()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import need_cpp
+from conftest import ROOT, need_cpp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +15,7 @@ from ddpo import reference
 from ddpo.deviation import by_faiss, distance, mean_distance, nearest_distance
 from ddpo.ops import cpp
 
+sys.path.insert(0, str(ROOT))
 f64 = torch.float64
 CLOSED = [pytest.param(True, id="cpp", marks=need_cpp), pytest.param(False, id="torch")]
 

@@ -61,8 +61,8 @@ def mean_distance(
 
 
 def pick_backend(metric: str, dtype: torch.dtype = torch.float32) -> str:
-    """What 'auto' comes to: cosine 'closed'; euclidean 'faiss', the faster one on CPUs (benchmarks/deviation.py), but
-    'torch' for float64, since FAISS computes in float32."""
+    """What 'auto' comes to: cosine 'closed'; euclidean 'faiss', on CPUs as fast as torch or faster
+    (benchmarks/deviation.py), but 'torch' for float64, since FAISS computes in float32."""
     if metric == "cosine":
         return "closed"
     return "torch" if dtype == torch.float64 else "faiss"
@@ -78,7 +78,7 @@ def _closed(x, groups, buffer):
         except ValueError as err:
             raise ValueError(f"mean_distance: {err}") from None
     d = torch.empty(len(x), dtype=out_dtype(x), device=x.device)
-    per_row = 32 * x.shape[1]
+    per_row = 64 * x.shape[1]  # bytes: float64 copies, and what malloc does not use again
     chunk = max(1, buffer // per_row)
     for _, rows in same_size(groups, buffer, lambda m: per_row * m, chunk):
         e = unit("mean_distance", x[rows.to(x.device)].double(), rows)  # (G, m, D)
@@ -109,13 +109,12 @@ def _over_pairs(x, groups, metric, normalize, with_faiss, buffer):
     D, item, fused = x.shape[1], 8 if x.dtype == torch.float64 else 4, runs_cpp(x, metric)
     to_unit = normalize or metric == "cosine"
 
-    def ready(rows, index):
-        """The rows as they are compared."""
+    def ready(rows, index=None):
+        """The rows as they are compared; checked where their numbers are given, which waits for a GPU."""
         rows = real(rows).contiguous()
-        if to_unit:
-            return unit("mean_distance", rows, index)
-        square_sums("mean_distance", rows, index)
-        return rows
+        if index is not None:
+            (unit if to_unit else square_sums)("mean_distance", rows, index)
+        return rows / rows.norm(dim=-1, keepdim=True) if to_unit else rows
 
     sums = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for _, rows in same_size(groups, buffer, lambda m: item * m * (3 * D + 2 * m), SMALL):
@@ -129,7 +128,7 @@ def _over_pairs(x, groups, metric, normalize, with_faiss, buffer):
 
         def centred(p, centre=centre):
             """A block's rows around the group's mean, so that products cancel little; and their sums of squares."""
-            rows = ready(x[p], torch.arange(p.start, p.stop)) - centre.to(real(x[:0]).dtype)
+            rows = ready(x[p]) - centre.to(real(x[:0]).dtype)
             return rows, (rows * rows).sum(1)
 
         for i, p in enumerate(parts):
@@ -150,7 +149,7 @@ def runs_cpp(x: Tensor, metric: str) -> bool:
 def block_rows(D: int, item: int, buffer: int, fused: bool = True) -> int:
     """Rows of a block that stays within the buffer: B^2 pairs, several times where no C++ sums them, and 6 B rows, with
     room for what malloc does not use again."""
-    squares, rows = (5 if fused else 12) * item, 6 * D * item
+    squares, rows = (5 if fused else 24) * item, 6 * D * item
     return max(1, min(LARGEST_BLOCK, int((math.sqrt(rows**2 + 4 * squares * buffer) - rows) / (2 * squares))))
 
 

@@ -1,0 +1,156 @@
+"""Settings of training and of what is asked about a training run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ddpo.config.checked import Checked
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Checked):
+    """Trains a policy on a prepared folder: SFT, DPO, DDPO, ORPO or DORPO.
+
+    Example: ddpo train prepared --out runs/ddpo --method ddpo --lr 2e-5 --epochs 3
+    """
+
+    data: str
+    """The prepared folder."""
+    out: str
+    """The run folder to make: config, card, metrics.jsonl, checkpoints, and the adapter or model at the end."""
+    model: str = "smollm2-135m-instruct"
+    """Policy to start from: a folder, a hub name or 'smollm2-135m-instruct'."""
+    adapter: str | None = None
+    """LoRA adapter to go on from (an SFT run's): the reference policy holds it, the adapter written includes it."""
+    method: Literal["sft", "dpo", "ddpo", "orpo", "dorpo"] = "ddpo"
+    """The loss."""
+    beta: float | None = None
+    """Strength: of DPO's pull to the reference (default 0.1), or ORPO's odds-ratio term (default 0.25)."""
+    nll_mean: Literal["pair", "tokens"] = "pair"
+    """ORPO's likelihood term: mean over pairs of token means (paper), or mean over the step's tokens (TRL, release)."""
+    nll_tokens: Literal["response", "all"] = "response"
+    """ORPO's likelihood term: over the response, or over prompt and response (TRL, release)."""
+    dorpo_weight: Literal["outside", "inside"] = "outside"
+    """DORPO's weight: outside (paper: w * ORPO) or inside the sigmoid (release)."""
+    epochs: int = 1
+    """Passes over the pairs (SFT: over the responses)."""
+    batch_size: int = 8
+    """Most pairs (SFT: responses) of an optimiser step, over all processes. Pairs that share responses stay together:
+    where more than this hang together (--pairs all), they are a step."""
+    micro_tokens: int | None = None
+    """Most packed tokens held at once; a step's batch is split to fit and its gradients are summed. Pairs that hang
+    together and do not fit go in two passes: log-probs first, then forward and backward part by part. Default: 4096;
+    on a CPU, where larger packs gain no time, what those pairs need, between 1024 and 4096."""
+    forward_zero_weight: bool = False
+    """Forward pairs of weight 0 too (their gradient is zero either way): slower, metrics over all pairs."""
+    lr: float = 5e-6
+    """Peak learning rate."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the warm-up, down to min_lr * lr."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    min_lr: float = 0.0
+    """Last learning rate as a share of the peak."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this 2-norm; 0: not clipped."""
+    lora: bool = True
+    """Train a LoRA adapter; --no-lora trains all weights."""
+    lora_r: int = 16
+    """Rank (paper: 128)."""
+    lora_alpha: int = 32
+    """Scale (paper: 256)."""
+    lora_dropout: float = 0.0
+    """Dropout inside the adapter."""
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Names of the linear layers that get an adapter, or all-linear."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Of the model's weights; auto: bfloat16 on a GPU that has it, else float32."""
+    drop_below: float | None = None
+    """CPU: probabilities under it enter the gradient together, by a mean head row (0: exact). Default: 2^-16, an error
+    under bfloat16 arithmetic's; 0 in float64, on GPUs and without the C++ kernels."""
+    seed: int = 0
+    """Seed of data order, adapter and dropout."""
+    autocast: Literal["auto", "off", "bfloat16"] = "auto"
+    """Type of the matrix products; auto: bfloat16 on GPUs that have it unless --dtype is given, else the weights'."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input alone and compute the layer again in backward: less memory, one more forward pass."""
+    compile: bool = False
+    """torch.compile the layers; minutes before the first step."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's norm, rotary and MLP kernels; auto: on GPUs where liger-kernel is installed."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Several processes: a copy of the weights in each (ddp) or a share (fsdp; while loading, each holds them whole);
+    auto: ddp for LoRA, fsdp for all weights."""
+    deterministic: bool = False
+    """The same bits on every run on a GPU too, and so after --resume; slower, and for the whole process. On CPUs they
+    always are."""
+    max_skips: int = 10
+    """Steps of a run that may be skipped because loss or gradient is not finite; one more ends it. What they held is
+    written to skipped.jsonl."""
+    eval_data: str | None = None
+    """Prepared folder whose loss is measured while training (`ddpo prepare prepared/heldout.jsonl`)."""
+    eval_every: int = 50
+    """Steps between such measurements; the first before training."""
+    track: tuple[str, ...] = ()
+    """Where metrics are sent besides metrics.jsonl: any of accelerate's trackers, tensorboard, wandb, trackio, ..."""
+    save_every: int = 50
+    """Steps between checkpoints; 0: none but at the end or when stopped."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept, the newest ones."""
+    max_steps: int | None = None
+    """Stop after this many steps; the schedule of the learning rate is cut to it."""
+    resume: bool = False
+    """Go on from the run folder's last whole checkpoint; a run that has not begun is begun."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """Says what a training run takes before it is run: parameters, memory by part, FLOP and seconds of a step.
+
+    Takes the options of `ddpo train` and a machine. Only the model's config is read, not its weights.
+
+    Example: ddpo plan prepared --method dpo --gpus 8 --gpu-memory 80 --flops 400e12
+    """
+
+    data: str | None = None
+    """The prepared folder, whose lengths are taken; without one a step's are assumed, see tokens_per_*."""
+    out: str | None = None
+    """Of the training run; not read, nothing is written."""
+    gpus: int = 0
+    """GPUs, a process each; 0: one process on this machine's CPU."""
+    gpu_memory: float = 80.0
+    """Memory of one GPU, GiB."""
+    gpu_reserved: float = 1.0
+    """GiB of each GPU that tensors cannot have: context, libraries, the allocator's gaps. Assumed, not measured."""
+    flops: float | None = None
+    """FLOP per second of one GPU, or of the CPU, in large matrix products (data sheet, dense). On a CPU measured where
+    not given."""
+    efficiency: float = 0.4
+    """Share of them that a step gets."""
+    tokens_per_prompt: int = 128
+    """Without a prepared folder: tokens of a prompt with its chat template."""
+    tokens_per_response: int = 512
+    """Without a prepared folder: tokens of a response."""
+    json: bool = False
+    """Print one JSON object instead of the table."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gpus < 0:
+            raise ValueError(f"config: gpus must be at least 0, got {self.gpus}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(Checked):
+    """Times the kernels' paths on the GPU at hand and remembers the fastest for a model's head.
+
+    Example: ddpo tune --model meta-llama/Llama-3.1-8B
+    """
+
+    model: str = "smollm2-135m-instruct"
+    """The model whose width and vocabulary are tuned for; its weights are not loaded."""
+    rows: int = 8192
+    """Rows that reach the head in one step."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of hidden states and head."""

@@ -1,5 +1,7 @@
 """`ddpo generate`: samples of a model's responses, each from a random generator of its own."""
 
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,40 +12,82 @@ from ddpo import distributed, log
 from ddpo.config import GenerateConfig
 from ddpo.data.groups import Prompt, read_prompts, write_jsonl
 from ddpo.data.tokens import ChatTokens
-from ddpo.files import new_file
-from ddpo.loading import find_model, load_model
+from ddpo.files import new_file, sha256
+from ddpo.ledger import Ledger, is_made, write_card
+from ddpo.loading import find_model, identity, load_model
+
+NOT_OF_THE_TEXT = ("prompts", "out", "batch_size", "temperatures", "resume", "overwrite")
 
 
-def generate(cfg: GenerateConfig) -> Path:
-    """Writes num_samples responses to each prompt, in the groups contract without scores; returns the file."""
-    out = Path(cfg.out)
-    if out.exists() and not cfg.overwrite:
-        raise FileExistsError(f"{out} exists already; give another name or --overwrite")
+def generate(cfg: GenerateConfig) -> list[Path]:
+    """Writes num_samples responses to each prompt, in the groups contract without scores; returns the files, one for
+    each temperature.
+
+    Samples that a killed run had drawn are taken up. Raises: ValueError for bad input, FileExistsError.
+    """
+    distributed.start()
     prompts = read_prompts(cfg.prompts)
-    device = distributed.device()
-    tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
-    model = load_model(cfg.model, cfg.adapter, cfg.dtype, device)
-    samples = sample(model, tokens, prompts, cfg)
-    with new_file(out) as draft:
-        write_jsonl(draft, ({"prompt": p, "responses": found} for p, found in zip(prompts, samples, strict=True)))
-    log.console.print(f"wrote {len(prompts)} x {cfg.num_samples} responses to {out}")
-    return out
+    cfgs = [replace(cfg, temperature=t, temperatures=(), out=_name(cfg.out, t)) for t in cfg.temperatures] or [cfg]
+    parts = {"prompts": sha256(cfg.prompts), "weights": identity(cfg.model, cfg.adapter)}
+    keys = [{**parts, **{k: v for k, v in asdict(c).items() if k not in NOT_OF_THE_TEXT}} for c in cfgs]
+    to_do = [
+        (c, key)
+        for c, key in zip(cfgs, keys, strict=True)
+        if not distributed.from_first(is_made(Path(c.out), key, c.resume, c.overwrite))
+    ]
+    if to_do:
+        tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
+        model = load_model(cfg.model, cfg.adapter, cfg.dtype, distributed.device())
+    for c, key in to_do:
+        ledger = Ledger(Path(c.out), key)
+        for found in each_batch(model, tokens, prompts, c, ledger.done):
+            ledger.add({_id(*job): response for job, response in found.items()})
+        done = ledger.collect()
+        if distributed.is_first():
+            write_card(Path(c.out), key)
+            with new_file(c.out) as draft:
+                write_jsonl(draft, _rows(prompts, done, c.num_samples))
+            ledger.remove()
+        log.console.print(f"wrote {len(prompts)} x {c.num_samples} responses to {c.out}")
+    distributed.barrier()
+    return [Path(c.out) for c in cfgs]
+
+
+def _name(out: str, temperature: float) -> str:
+    """after.jsonl -> after-t0.7.jsonl"""
+    return str(Path(out).with_stem(f"{Path(out).stem}-t{temperature:g}"))
+
+
+def _id(prompt: int, sample: int) -> str:
+    return f"{prompt}.{sample}"
+
+
+def _rows(prompts, samples, num_samples):
+    return ({"prompt": p, "responses": [samples[_id(i, k)] for k in range(num_samples)]} for i, p in enumerate(prompts))
+
+
+def sample(model, tokens: ChatTokens, prompts: list[Prompt], cfg: GenerateConfig) -> list[list[dict]]:
+    """Responses (text, score, finished) of each prompt; finished is false where max_new_tokens cut it off."""
+    found = {job: response for batch in each_batch(model, tokens, prompts, cfg, {}) for job, response in batch.items()}
+    return [[found[i, k] for k in range(cfg.num_samples)] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
-def sample(model, tokens: ChatTokens, prompts: list[Prompt], cfg: GenerateConfig) -> list[list[dict]]:
-    """Responses (text, score, finished) of each prompt; finished is false where max_new_tokens cut it off.
+def each_batch(
+    model, tokens: ChatTokens, prompts: list[Prompt], cfg: GenerateConfig, done: dict[str, dict]
+) -> Iterator[dict[tuple[int, int], dict]]:
+    """Responses by (prompt, sample), a batch at a time, but those that are done; this process's share of them.
 
     Prompts of similar length share a batch, padded on the left.
     """
+    rank, world = distributed.start()
     prompt_ids = [tokens.prompt_ids(p) for p in prompts]
     by_length = np.argsort([len(ids) for ids in prompt_ids], kind="stable").tolist()
-    jobs = [(i, k) for i in by_length for k in range(cfg.num_samples)]
-    samples: list[list[dict]] = [[{}] * cfg.num_samples for _ in prompts]
+    jobs = [(i, k) for i in by_length for k in range(cfg.num_samples) if _id(i, k) not in done]
     own = model.generation_config.eos_token_id
     stop_ids = sorted({*tokens.stop_ids(), *(own if isinstance(own, list) else [] if own is None else [own])})
     with log.progress() as bar:
-        for at in range(0, len(jobs), cfg.batch_size):
+        for at in range(rank * cfg.batch_size, len(jobs), world * cfg.batch_size):
             batch = jobs[at : at + cfg.batch_size]
             task = bar.add_task(f"samples {at + 1}-{at + len(batch)}", total=cfg.max_new_tokens, note="tokens")
             width = max(len(prompt_ids[i]) for i, _ in batch)
@@ -66,10 +110,14 @@ def sample(model, tokens: ChatTokens, prompts: list[Prompt], cfg: GenerateConfig
                 pad_token_id=stop_ids[0],
             )
             bar.remove_task(task)
-            for (i, k), row in zip(batch, result[:, width:].tolist(), strict=True):
-                text = tokens.tokenizer.decode(row, skip_special_tokens=True).strip()
-                samples[i][k] = {"text": text, "score": None, "finished": any(token in stop_ids for token in row)}
-    return samples
+            yield {
+                job: {
+                    "text": tokens.tokenizer.decode(row, skip_special_tokens=True).strip(),
+                    "score": None,
+                    "finished": any(token in stop_ids for token in row),
+                }
+                for job, row in zip(batch, result[:, width:].tolist(), strict=True)
+            }
 
 
 class Draw(LogitsProcessor):

@@ -1,6 +1,7 @@
 """Models found and loaded: a folder, a hub name or the packaged SmolLM2; with adapters merged or fresh."""
 
 import copy
+import hashlib
 import importlib.util
 import warnings
 from contextlib import suppress
@@ -9,11 +10,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ddpo import log
-from ddpo.files import cache_folder, new_folder
+from ddpo.files import cache_folder, new_folder, sha256
 
 PACKAGED = "smollm2-135m-instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -95,8 +96,35 @@ def load_model(name: str, adapter: str | None, dtype: str, device: torch.device)
     return model.to(device).eval()
 
 
-def add_lora(model, r: int, alpha: int, dropout: float, targets: tuple[str, ...], seed: int):
-    """The model with a fresh LoRA adapter, everything else frozen. Raises ValueError where no layer has a name."""
+def load_classifier(name: str, adapter: str | None, dtype: str, device: torch.device, fresh: bool = False):
+    """A sequence classifier of one output in evaluation mode, the adapter (if any) merged into its weights.
+
+    fresh: over the body of any model, the output's weights drawn anew.
+    Raises: ValueError for a model that is no classifier of one output.
+    """
+    folder = find_model(name)
+    options = {"num_labels": 1} if fresh or adapter else {}
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=pick_dtype(dtype, device), **options)
+    if model.config.num_labels != 1:
+        raise ValueError(
+            f"{name} is no reward model: its classifier has {model.config.num_labels} outputs, wanted 1; train one "
+            "with `ddpo reward`"
+        )
+    if model.config.pad_token_id is None:
+        tokenizer = load_tokenizer(folder)
+        model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model.to(device).eval()
+
+
+def load_tokenizer(name: str):
+    return AutoTokenizer.from_pretrained(find_model(name))
+
+
+def add_lora(model, r: int, alpha: int, dropout: float, targets: tuple[str, ...], seed: int, task: str = "CAUSAL_LM"):
+    """The model with a fresh LoRA adapter, everything else frozen but a classifier's (task SEQ_CLS) output. Raises
+    ValueError where no layer has a name."""
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     unknown = [t for t in targets if t != "all-linear" and t not in names]
     if unknown or not targets:
@@ -107,9 +135,18 @@ def add_lora(model, r: int, alpha: int, dropout: float, targets: tuple[str, ...]
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear" if "all-linear" in targets else list(targets),
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     return get_peft_model(model, config)
+
+
+def identity(name: str, adapter: str | None) -> dict[str, str]:
+    """What tells a model's weights from another's: a hash of its adapter; of a folder its files' names, sizes and
+    times, of anything else the name."""
+    folder, file = Path(find_model(name)), Path(adapter or "") / "adapter_model.safetensors"
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))]
+    model = f"{name} {hashlib.sha256(str(files).encode()).hexdigest()[:16]}" if files else name
+    return {"model": model, "adapter": sha256(file) if file.is_file() and adapter else str(adapter)}
 
 
 def save_model(model: nn.Module, folder: Path, tokenizer, under: str | None) -> Path:

@@ -26,10 +26,12 @@ FLOORS = [  # a file imports its own floor or lower
             "settings",
             "footprint",
             "embedded",
+            "ledger",
+            "reward_model",
             "weighing",
         ),
     },
-    {"train", "generate", "evaluate", "prepare", "weigh", "tune", "plan"},
+    {"train", "generate", "evaluate", "prepare", "weigh", "tune", "plan", "reward", "score"},
     {"demo", "cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
@@ -37,7 +39,7 @@ HOMES = {
     "triton": ("kernels/",),
     "transformers": (
         *("ddpo/loading", "ddpo/attention", "ddpo/layers"),
-        *("ddpo/encoders", "ddpo/data/tokens", "ddpo/generate"),
+        *("ddpo/encoders", "ddpo/data/tokens", "ddpo/generate", "ddpo/reward"),
     ),
 }
 

@@ -2,6 +2,7 @@
 help text."""
 
 from ddpo.config.data import PrepareConfig, WeighConfig, Weighing
+from ddpo.config.reward import RewardConfig, ScoreConfig
 from ddpo.config.sampling import DemoConfig, EvaluateConfig, GenerateConfig
 from ddpo.config.training import PlanConfig, TrainConfig, TuneConfig
 
@@ -11,6 +12,8 @@ __all__ = [
     "GenerateConfig",
     "PlanConfig",
     "PrepareConfig",
+    "RewardConfig",
+    "ScoreConfig",
     "TrainConfig",
     "TuneConfig",
     "WeighConfig",

@@ -15,3 +15,6 @@ class Checked:
             value = getattr(self, name, None)
             if value is not None and not value > 0:
                 raise ValueError(f"config: {name} must be greater than 0, got {value}")
+        for value in getattr(self, "temperatures", ()):
+            if not value > 0:
+                raise ValueError(f"config: temperatures must be greater than 0, got {value}")

@@ -8,7 +8,9 @@ from ddpo.config.checked import Checked
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Checked):
-    """Samples responses to prompts, to JSONL in the groups contract.
+    """Samples responses to prompts, to JSONL in the groups contract; under torchrun each process samples a share.
+
+    What it was made from, machine and versions are written beside it (after.jsonl: after.card.json).
 
     Example: ddpo generate heldout.jsonl --adapter runs/ddpo/adapter --out after.jsonl
     """
@@ -27,6 +29,9 @@ class GenerateConfig(Checked):
     """Most tokens of a response."""
     temperature: float = 1.0
     """Divides the logits; lower is safer."""
+    temperatures: tuple[float, ...] = ()
+    """Several, instead of one: a file for each, --out after.jsonl making after-t0.7.jsonl and so on. The baseline that
+    diversity by training has to beat."""
     top_k: int = 50
     """Sample among the k most likely tokens; 0: among all."""
     top_p: float = 0.95
@@ -34,13 +39,15 @@ class GenerateConfig(Checked):
     repetition_penalty: float = 1.1
     """Divides (multiplies, where negative) the logits of tokens that stand already; 1: none."""
     batch_size: int = 48
-    """Responses sampled at a time."""
+    """Responses sampled at a time; of no consequence for the draws."""
     chat_template: str | None = None
     """File with a chat template (Jinja) to use instead of the tokenizer's own."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Of the model's weights; auto: bfloat16 on a GPU that has it, else float32."""
     seed: int = 0
     """Each (prompt, sample) draws from a generator of its own."""
+    resume: bool = False
+    """Keep a file that is there and was made from the same; samples of a run that was stopped are taken up anyway."""
     overwrite: bool = False
     """Replace an existing file."""
 

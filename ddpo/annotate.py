@@ -2,9 +2,11 @@
 
 import csv
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from rich.markup import escape
 
 from ddpo import log
 from ddpo.config import AnnotateConfig
@@ -26,8 +28,30 @@ def annotate(cfg: AnnotateConfig) -> Path:
     Raises: ValueError where the files are not of the same prompts or hold fewer responses than a set needs,
         FileExistsError.
     """
-    sides = [read_groups_file(path) for path in cfg.responses]
-    names = labels(cfg.responses)
+    out, names = Path(cfg.out), labels(cfg.responses)
+    files = [
+        {"label": name, "path": path, "sha256": sha256(path)} for name, path in zip(names, cfg.responses, strict=True)
+    ]
+    key = {"files": files, "questions": list(cfg.questions), "settings": asdict(cfg)}
+    rows, key["rows"] = draw_sets([read_groups_file(path) for path in cfg.responses], files, cfg)
+    with new_folder(out, cfg.overwrite) as draft:
+        columns = [f"{side} {i + 1}" for side in SIDES for i in range(cfg.num_responses)]
+        with (draft / "sets.csv").open("w", encoding="utf-8-sig", newline="") as file:
+            csv.writer(file).writerows([["id", "prompt", *columns, *cfg.questions], *rows])
+        write_json(draft / "key.json", key)
+    say = log.console.print
+    say(f"{len(rows)} prompts, 2 sets of {cfg.num_responses} each")
+    say(f"for the annotators (A, B or tie in {', '.join(cfg.questions)}): {escape(str(out / 'sets.csv'))}")
+    say(f"not for them: {escape(str(out / 'key.json'))}, which `ddpo winrate` wants as --key")
+    long = sum(len(cell) > EXCEL_CELL for row in rows for cell in row)
+    if long:
+        say(f"{long} cells have more than the {EXCEL_CELL:,} characters that Excel keeps; use another program")
+    return out
+
+
+def draw_sets(sides: list[list[Group]], files: list[dict], cfg: AnnotateConfig) -> tuple[list[list[str]], dict]:
+    """The rows of sets.csv, in random order, and of key.json by their ids."""
+    names = [file["label"] for file in files]
     check_same_prompts(*sides, " and ".join(names))
     for group in (g for groups in sides for g in groups):
         if len(group.responses) < cfg.num_responses:
@@ -35,45 +59,24 @@ def annotate(cfg: AnnotateConfig) -> Path:
                 f"{group.where}: has {len(group.responses)} responses, a set wants {cfg.num_responses}; "
                 f"give --num-responses {len(group.responses)} or fewer"
             )
-    rng, total = np.random.default_rng(cfg.seed), len(sides[0])
-    num = total if cfg.num_prompts is None else cfg.num_prompts
+    total = len(sides[0])
+    num = cfg.num_prompts or total
     if num > total:
         raise ValueError(f"annotate: num_prompts is {num}, the files hold {total}")
-    files = [
-        {"label": name, "path": path, "sha256": sha256(path)} for name, path in zip(names, cfg.responses, strict=True)
-    ]
-    key = {"files": files, "questions": list(cfg.questions), "seed": cfg.seed, "num_responses": cfg.num_responses}
-    tag = hashlib.sha256(repr((key, num)).encode()).hexdigest()[:6]  # answers to other sets are known as such
-    first = rng.permutation(np.arange(num) % 2)  # which file is A: each as often as the other
-    rows, key["rows"] = [], {}
+    # answers to other sets must not count for these: their ids differ
+    tag = hashlib.sha256(repr((files, cfg.seed, num, cfg.num_responses)).encode()).hexdigest()[:6]
+    rng = np.random.default_rng(cfg.seed)
+    first = rng.permutation(np.arange(num) % 2).tolist()  # which file is A: each as often as the other
+    rows, of_id = [], {}
     for at, prompt in enumerate(rng.permutation(total)[:num].tolist()):
-        order = [first[at], 1 - first[at]]
-        groups = [sides[side][prompt] for side in order]
-        picked = [rng.permutation(len(g.responses))[: cfg.num_responses].tolist() for g in groups]
-        texts = [g.responses[i].text for g, indices in zip(groups, picked, strict=True) for i in indices]
+        order = dict(zip(SIDES, (first[at], 1 - first[at]), strict=True))
+        groups = {side: sides[file][prompt] for side, file in order.items()}
+        picked = {s: rng.permutation(len(g.responses))[: cfg.num_responses].tolist() for s, g in groups.items()}
+        texts = [groups[side].responses[i].text for side in SIDES for i in picked[side]]
         name = f"s{tag}-{at + 1:04d}"
-        rows.append([name, guarded(plain(groups[0].prompt)), *map(guarded, texts), *[""] * len(cfg.questions)])
-        key["rows"][name] = {
-            "prompt": prompt,
-            **{side: names[which] for side, which in zip(SIDES, order, strict=True)},
-            "responses": dict(zip(SIDES, picked, strict=True)),
-        }
-    out = Path(cfg.out)
-    with new_folder(out, cfg.overwrite) as draft:
-        columns = [f"{side} {i + 1}" for side in SIDES for i in range(cfg.num_responses)]
-        with (draft / "sets.csv").open("w", encoding="utf-8-sig", newline="") as file:
-            csv.writer(file).writerows([["id", "prompt", *columns, *cfg.questions], *rows])
-        write_json(draft / "key.json", key)
-    long = sum(len(cell) > EXCEL_CELL for row in rows for cell in row)
-    if long:
-        log.console.print(
-            f"{long} cells have more than the {EXCEL_CELL:,} characters that Excel keeps; use another reader"
-        )
-    log.console.print(
-        f"{num} x 2 sets of {cfg.num_responses}: {out / 'sets.csv'} is for the annotators (A, B or tie in "
-        f"{', '.join(cfg.questions)}), {out / 'key.json'} is not; then `ddpo winrate ANSWERS.csv --key {out / 'key.json'}`"
-    )
-    return out
+        rows.append([name, *map(guarded, [plain(groups["A"].prompt), *texts]), *[""] * len(cfg.questions)])
+        of_id[name] = {**{side: names[file] for side, file in order.items()}, "prompt": prompt, "responses": picked}
+    return rows, of_id
 
 
 def plain(prompt: Prompt) -> str:
@@ -82,8 +85,8 @@ def plain(prompt: Prompt) -> str:
 
 
 def guarded(text: str) -> str:
-    """The text behind an apostrophe where a spreadsheet would run it as a formula, and where it begins with one, so that
-    unguarded gives every text back."""
+    """The text behind an apostrophe where a spreadsheet would run it as a formula; and where it begins with an
+    apostrophe, so that unguarded gives every text back."""
     return "'" + text if text.startswith((*FORMULA, "'")) else text
 
 

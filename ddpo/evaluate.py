@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from ddpo import distributed, log, metrics
@@ -68,13 +69,12 @@ def _evaluate(cfg: EvaluateConfig) -> dict:
     for other in names[1:]:
         check_same_prompts(sets[names[0]], sets[other], f"{names[0]} and {other}")
     key = cfg.quality or ("reward" if has_everywhere(groups, "reward") else None)
-    quality = {name: quality_of(part, key) for name, part in sets.items()} if key else {}
     threshold = cfg.quality_threshold
     if key and threshold is None:
-        threshold = float(np.median(np.concatenate([q for part in quality.values() for q in part])))
+        threshold = float(np.median(np.concatenate(quality_of(groups, key))))
     num_words = min(median_words(part) for part in sets.values())
     measurer = Measurer(cfg)
-    values = {name: measurer(part, quality.get(name), threshold, num_words) for name, part in sets.items()}
+    values = {name: measurer(part, key, threshold, num_words) for name, part in sets.items()}
     result = {
         "settings": asdict(cfg),
         "card": log.card(),
@@ -135,7 +135,7 @@ def table(result: dict) -> Table:
     table = Table(title=f"{result['num_prompts']} prompts, means over prompts")
     table.add_column("measure", no_wrap=True)
     for name in means:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(escape(name), justify="right", overflow="fold")
     one = next(iter(differences.values())) if len(differences) == 1 else None
     if one:
         table.add_column("difference [95 %]")

@@ -29,7 +29,7 @@ class Measurer:
     def __call__(
         self,
         groups: list[Group],
-        quality: list[np.ndarray] | None = None,
+        quality: str | None = None,
         threshold: float | None = None,
         num_words: int | None = None,
     ) -> dict[str, np.ndarray]:
@@ -45,22 +45,24 @@ class Measurer:
             num_words, num_tokens, logp_per_token, cut_share      means over responses
 
         Args:
-            quality: of each group, (responses,); None: not measured. As quality_of gives it.
-            threshold: least quality of a good response; with quality.
+            quality: key of each response that holds it; None: not measured.
+            threshold: least quality of a good response; None: the median of these groups' responses.
             num_words: words that responses are cut to; None: no length-controlled diversity.
-        Raises: ValueError for embeddings or texts that are none.
+        Raises: ValueError with file and line where a response has no number for its quality.
         """
         texts = [[r.text for r in g.responses] for g in groups]
         values = {}
         if quality is not None:
-            values["quality"] = np.array([q.mean() for q in quality])
-            values["good_share"] = np.array([(q >= threshold).mean() for q in quality])
+            qualities = quality_of(groups, quality)
+            threshold = float(np.median(np.concatenate(qualities))) if threshold is None else threshold
+            good = [q >= threshold for q in qualities]
+            values["quality"], values["good_share"] = (np.array([x.mean() for x in of]) for of in (qualities, good))
         every = [np.ones(len(t), bool) for t in texts]
         for name, embedded in self.embedded.items():
             rows = embedded.rows([t for group in texts for t in group])  # (n, D)
             values[f"{name}_diversity"] = diversity_among(rows, every)
             if quality is not None:
-                values[f"{name}_diversity_good"] = diversity_among(rows, [q >= threshold for q in quality])
+                values[f"{name}_diversity_good"] = diversity_among(rows, good)
             if num_words is not None:
                 cut = embedded.rows([text_measures.first_words(t, num_words) for group in texts for t in group])
                 values[f"{name}_diversity_cut"] = diversity_among(cut, every)
@@ -127,7 +129,7 @@ def has_everywhere(groups: list[Group], key: str) -> bool:
 
 
 def _value(response, key):
-    return {"score": response.score}.get(key, response.extra.get(key))
+    return response.score if key == "score" else response.extra.get(key)
 
 
 def _number(response, key, where) -> float:
@@ -135,7 +137,5 @@ def _number(response, key, where) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         got = "nothing" if value is None else repr(value)
         keys = sorted(["score", *response.extra])
-        raise ValueError(
-            f"{where}: quality {key!r} must be a finite number, got {got}; its keys are text, {', '.join(keys)}"
-        )
+        raise ValueError(f"{where}: quality {key!r} must be a finite number, got {got}; it has text, {', '.join(keys)}")
     return float(value)

@@ -52,13 +52,13 @@ def sign_flip_test(differences, seed: int = 0, num_resamples: int = RESAMPLES) -
     The share of sign patterns that give a mean as far from 0 as the observed: of all 2^R where these are at most
     num_resamples (exact), else of so many random ones and the observed.
     Args: differences: (R,), R >= 1, finite.
-    Returns: above 0, at most 1; 1 where all are 0.
+    Returns: above 0, at most 1.
     Raises: ValueError.
     Source: Fisher's paired randomisation test, by scipy.stats.permutation_test.
     """
     differences = _rows("sign_flip_test", differences)
-    if not differences.any():
-        return 1.0
+    if len(differences) == 1 or not differences.any():
+        return 1.0  # all sign patterns give a mean as far from 0; scipy wants two values
     options = {"permutation_type": "samples", "vectorized": True, "n_resamples": num_resamples}
     found = stats.permutation_test(
         (differences,), np.mean, **options, batch=max(1, CHUNK // len(differences)), rng=np.random.default_rng(seed)

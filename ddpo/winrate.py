@@ -3,10 +3,12 @@
 import csv
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from ddpo import log, metrics
@@ -14,17 +16,17 @@ from ddpo.annotate import unguarded
 from ddpo.config import WinrateConfig
 from ddpo.files import read_json, write_json
 
-TIE = "tie"
-ANSWERS = ("A", "B", TIE)
-Answers = dict[str, dict[tuple[str, str], str]]  # question -> (id, annotator) -> label of the winner, or tie
+ANSWERS = ("A", "B", "tie")
+Answers = dict[str, dict[tuple[str, str], str | None]]  # question -> (id, annotator) -> label of the winner, None: tie
 
 
 def winrate(cfg: WinrateConfig) -> dict:
     """Counts answers, prints a table and returns (and writes) the numbers.
 
-    Returns: by question: num_prompts, num_answers, unanswered; wins of each label and ties; share of each, ties in the
-        denominator; win_rate of the first label (mean, low, high; p: of one half), None where all are ties; agreement
-        of annotators; how often A was the answer, of those that were no tie.
+    Returns: settings, files, and by question: num_prompts, num_answers, unanswered, wins of each label, ties; win_rate
+        of the first label without ties (mean, low, high; p: of one half), None where all are ties; agreement: share of
+        alike among the pairs of answers to one row, None where no row has two; share_a: how often the answer was A, of
+        those that were no tie.
     Raises: ValueError for unknown ids, columns, answers, and for an annotator who answers a row twice.
     """
     key = read_key(cfg.key)
@@ -53,7 +55,7 @@ def read_key(path: str) -> dict:
 
 
 def read_answers(paths: tuple[str, ...], key: dict) -> tuple[Answers, Counter]:
-    """Every answer as the label that won, or tie; and how many were left empty, by question.
+    """Every answer as the label that won; and how many were left empty, by question.
 
     An annotator is a file, or what stands in its column `annotator`.
     """
@@ -61,7 +63,7 @@ def read_answers(paths: tuple[str, ...], key: dict) -> tuple[Answers, Counter]:
     unanswered, seen = Counter(), set()
     for path in paths:
         for where, row in read_rows(path, ["id", *key["questions"]]):
-            name, annotator = row["id"], row.get("annotator") or Path(path).name
+            name, annotator = row["id"], row.get("annotator") or path
             if name not in key["rows"]:
                 raise ValueError(f"{where}: the key knows no id {name!r}; wanted the ids of the sets that came with it")
             if (name, annotator) in seen:
@@ -74,27 +76,30 @@ def read_answers(paths: tuple[str, ...], key: dict) -> tuple[Answers, Counter]:
                 answer = next((a for a in ANSWERS if a.lower() == row[question].lower()), None)
                 if answer is None:
                     raise ValueError(f"{where}: {question} must be A, B, tie or empty, got {row[question]!r}")
-                found[question][name, annotator] = TIE if answer == TIE else key["rows"][name][answer]
+                found[question][name, annotator] = key["rows"][name].get(answer)
     return found, unanswered
 
 
-def read_rows(path: str, wanted: list[str]):
-    """(where, row) of each row of a CSV file that is not empty, with stripped cells; comma, semicolon or tab between.
+def read_rows(path: str, wanted: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """(where, row) of each row of a CSV file that is not empty, cells stripped; comma, semicolon or tab between them.
 
     Raises: ValueError with file and row.
     """
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8-sig", newline="")
+        with file.open(encoding="utf-8-sig", newline="") as source:
+            delimiter = max(",;\t", key=source.readline().count)
+            source.seek(0)
+            header, *rows = list(csv.reader(source, delimiter=delimiter)) or [[]]
     except UnicodeDecodeError as err:
         raise ValueError(f"{file.name}: is not UTF-8 ({err}); save it as 'CSV UTF-8'") from None
-    header = text.split("\n", 1)[0]
-    lines = csv.reader(text.splitlines(keepends=True), delimiter=max(",;\t", key=header.count))
-    columns = [c.strip() for c in next(lines, [])]
+    except csv.Error as err:
+        raise ValueError(f"{file.name}: is not CSV ({err})") from None
+    columns = [c.strip() for c in header]
     for name in wanted:
         if columns.count(name) != 1:
             raise ValueError(f"{file.name}: wanted one column {name!r}, its columns are {', '.join(columns) or 'none'}")
-    for number, cells in enumerate(lines, 2):
+    for number, cells in enumerate(rows, 2):
         if any(map(str.strip, cells)):
             where = f"{file.name}: row {number}"
             if len(cells) != len(columns):
@@ -102,63 +107,51 @@ def read_rows(path: str, wanted: list[str]):
             yield where, {c: unguarded(cell.strip()) for c, cell in zip(columns, cells, strict=True)}
 
 
-def rates(answers: dict[tuple[str, str], str], labels: list[str], key: dict, seed: int) -> dict:
+def rates(answers: dict[tuple[str, str], str | None], labels: list[str], key: dict, seed: int) -> dict:
     """The numbers of one question; see winrate."""
     of_row = defaultdict(Counter)  # id -> winner -> answers
     for (name, _), winner in answers.items():
         of_row[name][winner] += 1
-    total = sum(of_row.values(), Counter())
-    wins, losses = (np.array([count[label] for count in of_row.values()]) for label in labels)  # (R,)
-    decided = int(sum(wins) + sum(losses))
+    counts = list(of_row.values())
+    wins, losses = (np.array([count[label] for count in counts], int) for label in labels)  # (R,)
+    ties, decided = sum(count[None] for count in counts), int(wins.sum() + losses.sum())
     as_a = sum(winner == key["rows"][name]["A"] for (name, _), winner in answers.items())
-    pairs = [
-        (sum(c * (c - 1) for c in count.values()), n * (n - 1)) for count in of_row.values() if (n := count.total())
-    ]
-    agreeing, compared = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
+    pairs = sum(count.total() * (count.total() - 1) for count in counts)  # of answers to one row, ordered
+    agreeing = sum(n * (n - 1) for count in counts for n in count.values())
     return {
-        "num_prompts": len(of_row),
+        "num_prompts": len(counts),
         "num_answers": len(answers),
-        "wins": {label: total[label] for label in labels},
-        "ties": total[TIE],
-        "share": {label: total[label] / len(answers) for label in (*labels, TIE)} if answers else None,
+        "wins": {label: int(of.sum()) for label, of in zip(labels, (wins, losses), strict=True)},
+        "ties": ties,
         "win_rate": asdict(metrics.win_rate(wins, losses, seed)) if decided else None,
-        "agreement": agreeing / compared if compared else None,
+        "agreement": agreeing / pairs if pairs else None,
         "share_a": as_a / decided if decided else None,
     }
 
 
 def table(result: dict) -> Table:
-    """A row a question."""
+    """A row a question: shares of all answers, then the win rate without ties."""
     first, second = (file["label"] for file in result["files"])
     table = Table(title="people's answers")
-    for column in (
-        "question",
-        "prompts",
-        "answers",
-        first,
-        second,
-        "tie",
-        f"win rate of {first} [95 %]",
-        "p of one half",
-    ):
-        table.add_column(column, justify="left" if column == "question" else "right", overflow="fold")
+    for column in ("question", "prompts", "answers", first, second, "tie", f"win rate of {first} [95 %]", "p"):
+        table.add_column(escape(column), justify="left" if column == "question" else "right", overflow="fold")
     for question, found in result["questions"].items():
-        share, rate = found["share"], found["win_rate"]
-        shares = [f"{share[name]:.0%}" for name in (first, second, TIE)] if share else ["-"] * 3
-        cells = (
-            [f"{rate['mean']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]", f"{rate['p']:.3f}"] if rate else ["-", "-"]
-        )
-        table.add_row(question, str(found["num_prompts"]), str(found["num_answers"]), *shares, *cells)
+        wins, rate = found["wins"], found["win_rate"]
+        shares = [f"{n / found['num_answers']:.0%}" for n in (*wins.values(), found["ties"]) if found["num_answers"]]
+        cells = [str(found["num_prompts"]), str(found["num_answers"]), *(shares or ["-"] * 3)]
+        if rate:
+            cells += [f"{rate['mean']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]", f"{rate['p']:.3f}"]
+        table.add_row(escape(question), *cells)
     return table
 
 
 def show(result: dict) -> None:
-    log.console.print(table(result))
-    log.console.print(
-        "win rate: without ties; Wilson's interval, by a bootstrap over prompts where they have several answers"
-    )
+    say = log.console.print
+    say(table(result))
+    say("win rate: ties left out; Wilson's interval, or where a prompt has several answers a bootstrap over prompts")
+    say("p: of a win rate of one half")
     for question, found in result["questions"].items():
         if found["agreement"] is not None:
-            log.console.print(f"{question}: two annotators agree on {found['agreement']:.0%} of the rows both answered")
+            say(f"{escape(question)}: two answers to one row agree in {found['agreement']:.0%} of all cases")
         if found["unanswered"]:
-            log.console.print(f"{question}: {found['unanswered']} rows were left empty")
+            say(f"{escape(question)}: {found['unanswered']} rows without an answer")

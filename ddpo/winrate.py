@@ -134,13 +134,15 @@ def table(result: dict) -> Table:
     first, second = (file["label"] for file in result["files"])
     table = Table(title="people's answers")
     for column in ("question", "prompts", "answers", first, second, "tie", f"win rate of {first} [95 %]", "p"):
-        table.add_column(escape(column), justify="left" if column == "question" else "right", overflow="fold")
+        is_question = column == "question"
+        table.add_column(escape(column), justify="left" if is_question else "right", no_wrap=is_question)
     for question, found in result["questions"].items():
         wins, rate = found["wins"], found["win_rate"]
         shares = [f"{n / found['num_answers']:.0%}" for n in (*wins.values(), found["ties"]) if found["num_answers"]]
         cells = [str(found["num_prompts"]), str(found["num_answers"]), *(shares or ["-"] * 3)]
         if rate:
-            cells += [f"{rate['mean']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]", f"{rate['p']:.3f}"]
+            p = "<0.001" if rate["p"] < 0.001 else f"{rate['p']:.3f}"
+            cells += [f"{rate['mean']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]", p]
         table.add_row(escape(question), *cells)
     return table
 

@@ -51,8 +51,7 @@ class Measuring(Encoding):
     """What is measured of responses, and how."""
 
     quality: str | None = None
-    """Key of each response that holds how good it is, for example reward or score; by default 'reward' where every
-    response has one, else quality is not measured."""
+    """Key of each response that says how good it is (reward, score, ...); by default 'reward' where all have one."""
     quality_threshold: float | None = None
     """Least quality of a good response; by default the median of all files' responses together."""
     text_measures: bool = True
@@ -60,8 +59,7 @@ class Measuring(Encoding):
     rouge_pairs: int = 1000
     """Most pairs of a prompt's responses that homogenisation compares, drawn at random where there are more."""
     release_compat: bool = False
-    """Compression ratio, homogenisation and n-gram diversity by the released code's arithmetic (it gzips twice, leaves
-    out the last response, joins all responses before counting, rounds to three digits)."""
+    """Compression ratio, homogenisation and n-gram diversity as the released code has them (gzipped twice, ...)."""
     distinct_threshold: float = 0.25
     """Two responses count as the same to distinct_k when their semantic cosine distance is under this."""
     model: str | None = None
@@ -77,7 +75,9 @@ class EvaluateConfig(Measuring):
     """Measures quality, diversity, length and likelihood of responses; with --before, what changed.
 
     Files hold the same prompts in the same order; numbers of responses may differ. Means over prompts with bootstrap
-    95 % intervals; differences to --before are paired by prompt, p by a sign-flip test.
+    95 % intervals; differences to --before are paired by prompt, p by a sign-flip test. Diversity is the mean pairwise
+    cosine distance of a prompt's responses, also among good ones (--quality-threshold) and with each response cut to
+    the smallest of the files' median lengths in words.
 
     Example: ddpo evaluate dpo.jsonl ddpo.jsonl --before before.jsonl --out numbers.json
     """

@@ -14,6 +14,7 @@ from ddpo.data.groups import Group, Prompt, check_same_prompts, labels, read_gro
 from ddpo.files import new_folder, sha256, write_json
 
 SIDES = ("A", "B")
+RESERVED = frozenset(("id", "prompt", "annotator"))  # columns of their own
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # a spreadsheet runs a cell that begins with one of these
 EXCEL_CELL = 32_767  # characters; Excel cuts what is longer
 
@@ -28,6 +29,7 @@ def annotate(cfg: AnnotateConfig) -> Path:
     Raises: ValueError where the files are not of the same prompts or hold fewer responses than a set needs,
         FileExistsError.
     """
+    check_settings(cfg)
     out, names = Path(cfg.out), labels(cfg.responses)
     files = [
         {"label": name, "path": path, "sha256": sha256(path)} for name, path in zip(names, cfg.responses, strict=True)
@@ -47,6 +49,15 @@ def annotate(cfg: AnnotateConfig) -> Path:
     if long:
         say(f"{long} cells have more than the {EXCEL_CELL:,} characters that Excel keeps; use another program")
     return out
+
+
+def check_settings(cfg: AnnotateConfig) -> None:
+    if isinstance(cfg.responses, str) or len(cfg.responses) != 2:
+        raise ValueError(f"annotate: wanted two files of responses, got {cfg.responses}")
+    questions = cfg.questions
+    if not questions or len(set(questions)) != len(questions) or not RESERVED.isdisjoint(questions):
+        taken = ", ".join(sorted(RESERVED))
+        raise ValueError(f"annotate: questions must be different names and none of {taken}, got {list(questions)}")
 
 
 def draw_sets(sides: list[list[Group]], files: list[dict], cfg: AnnotateConfig) -> tuple[list[list[str]], dict]:

@@ -49,6 +49,7 @@ def evaluate(cfg: EvaluateConfig) -> dict:
         where a measure is not defined.
     Raises: ValueError where the files hold bad rows, other prompts than each other, or no number for a quality.
     """
+    distributed.start()
     with log.quiet(cfg.json):
         result = _evaluate(cfg)
     if distributed.is_first():
@@ -140,7 +141,7 @@ def table(result: dict) -> Table:
     one = next(iter(differences.values())) if len(differences) == 1 else None
     if one:
         table.add_column("difference [95 %]")
-        table.add_column("p" if "p" in next(iter(one.values())) else "clear?")
+        table.add_column("clear?" if any(d and "p" not in d for d in one.values()) else "p")
     measured = next(iter(means.values()))
     for measure, (label, decimals) in MEASURES.items():
         if measure not in measured:

@@ -133,13 +133,14 @@ def table(result: dict) -> Table:
     """A row a question: shares of all answers, then the win rate without ties."""
     first, second = (file["label"] for file in result["files"])
     table = Table(title="people's answers")
-    for column in ("question", "prompts", "answers", first, second, "tie", f"win rate of {first} [95 %]", "p"):
-        is_question = column == "question"
-        table.add_column(escape(column), justify="left" if is_question else "right", no_wrap=is_question)
+    for column in ("question", "answers", first, second, "tie", "win rate [95 %]", "p"):
+        in_words = column == "question"
+        file = column in (first, second)
+        table.add_column(escape(column), justify="left" if in_words else "right", no_wrap=not file, overflow="fold")
     for question, found in result["questions"].items():
         wins, rate = found["wins"], found["win_rate"]
         shares = [f"{n / found['num_answers']:.0%}" for n in (*wins.values(), found["ties"]) if found["num_answers"]]
-        cells = [str(found["num_prompts"]), str(found["num_answers"]), *(shares or ["-"] * 3)]
+        cells = [str(found["num_answers"]), *(shares or ["-"] * 3)]
         if rate:
             p = "<0.001" if rate["p"] < 0.001 else f"{rate['p']:.3f}"
             cells += [f"{rate['mean']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]", p]
@@ -150,8 +151,8 @@ def table(result: dict) -> Table:
 def show(result: dict) -> None:
     say = log.console.print
     say(table(result))
-    say("win rate: ties left out; Wilson's interval, or where a prompt has several answers a bootstrap over prompts")
-    say("p: of a win rate of one half")
+    say(f"win rate: of {escape(result['files'][0]['label'])}, ties left out; p: of one half")
+    say("interval: Wilson's, or where a prompt has several answers a bootstrap over prompts")
     for question, found in result["questions"].items():
         if found["agreement"] is not None:
             say(f"{escape(question)}: two answers to one row agree in {found['agreement']:.0%} of all cases")

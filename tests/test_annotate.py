@@ -95,9 +95,9 @@ def test_too_little_for_the_sets(make, files, tmp_path):
     with pytest.raises(ValueError, match="num_prompts is 9, the files hold 4"):
         make(num_prompts=9)
     with pytest.raises(ValueError, match="wanted two files"):
-        AnnotateConfig(responses=files[:1], out="o")
-    with pytest.raises(ValueError, match="none of id, prompt, annotator"):
-        AnnotateConfig(responses=files, out="o", questions=("id",))
+        annotate(AnnotateConfig(responses=files[:1], out="o"))
+    with pytest.raises(ValueError, match=r"none of annotator, id, prompt, got \['id'\]"):
+        make(questions=("id",))
     assert not list(tmp_path.glob("sets*"))
 
 

@@ -198,3 +198,6 @@ def test_cut_responses_have_no_end_of_turn(model_folder, tmp_path):
     assert (means[True]["num_tokens"], means[False]["num_tokens"]) == (4, 3)
     assert (means[True]["cut_share"], means[False]["cut_share"]) == (0, 1)
     assert means[True]["style_diversity"] is None and means[True]["homogenisation"] is None
+    compared = evaluate(EvaluateConfig(responses=path, before=path, text_measures=False, **STYLE))
+    (difference,) = compared["differences"].values()
+    assert difference["style_diversity"] is None and difference["num_words"]["p"] == 1

@@ -123,17 +123,6 @@ class AnnotateConfig(Checked):
     overwrite: bool = False
     """Replace an existing folder."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if len(self.responses) != 2 or isinstance(self.responses, str):
-            raise ValueError(f"annotate: wanted two files of responses, got {self.responses}")
-        reserved = ("", "id", "prompt", "annotator")
-        if len(set(self.questions)) != len(self.questions) or not self.questions or set(self.questions) & {*reserved}:
-            raise ValueError(
-                f"annotate: questions must be different names and none of {', '.join(reserved[1:])}, "
-                f"got {list(self.questions)}"
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class WinrateConfig(Checked):

@@ -28,7 +28,7 @@ def compression_ratio(texts: Sequence[str], release_compat: bool = False) -> flo
         release_compat: the denominator is a .gz file of what gzip made: gzipped twice, with a file name in its head.
     Returns: above 0; under 1 where the head of 18 bytes is more than compression saves.
     Raises: ValueError for no text.
-    Source: arXiv 2403.00553, section 2.
+    Source: arXiv 2403.00553.
     """
     _check("compression_ratio", texts)
     plain = " ".join(texts).encode()
@@ -58,7 +58,7 @@ def homogenisation(
             sum, which is divided by all the same (where that sum is 0, it is those rows', not divided by n - 1).
     Returns: 0 to 1; nan for one text.
     Raises: ValueError for no text.
-    Source: arXiv 2309.05196, section 3; ROUGE-L: Lin 2004.
+    Source: arXiv 2309.05196; ROUGE-L: Lin 2004.
     """
     _check("homogenisation", texts)
     n = len(texts)
@@ -115,7 +115,7 @@ def ngram_diversity(texts: Sequence[str], max_n: int = 4, release_compat: bool =
             text into the next and a line break is no border.
     Returns: 0 to max_n.
     Raises: ValueError for no text.
-    Source: arXiv 2309.05196, section 3; arXiv 2202.00666.
+    Source: arXiv 2309.05196; arXiv 2202.00666.
     """
     _check("ngram_diversity", texts)
     words = [" ".join(texts).split(" ")] if release_compat else [text.split() for text in texts]
@@ -136,7 +136,7 @@ def self_repetition(texts: Sequence[str], n: int = 4) -> float:
     Args: texts: at least one.
     Returns: nats, at least 0; 0 where no n-gram comes again.
     Raises: ValueError for no text.
-    Source: Salkar et al., Self-Repetition in Abstractive Neural Summarizers, AACL 2022; arXiv 2403.00553, section 2. By
+    Source: Salkar et al., Self-Repetition in Abstractive Neural Summarizers, AACL 2022; arXiv 2403.00553. By
         distinct n-grams of a text, as the `diversity` package 0.3 counts.
     """
     _check("self_repetition", texts)

@@ -31,7 +31,8 @@ def run(seed: int, folder: Path) -> dict:
         "seconds": round(time.perf_counter() - start, 1),
         "peak_mib": usage.ru_maxrss // 1024,
         "zero_share": weights["zero_share"],
-        **{key: evaluation[key] for key in ("num_prompts", "mean", "difference")},
+        **{key: evaluation[key] for key in ("num_prompts", "mean")},
+        "difference": evaluation["differences"]["after"],
     }
 
 

@@ -21,7 +21,7 @@ def demo() -> str:
     result = read_json(ROOT / "benchmarks" / "results" / "demo.json")
     first, *others = result["runs"]
     console = Console(width=90, file=io.StringIO())
-    console.print(table(first))
+    console.print(table({**first, "differences": {"after": first["difference"]}}))
     printed = "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
     rows = [
         "| after - before [95 % interval] | " + " | ".join(f"seed {run['seed']}" for run in others) + " |",

@@ -6,6 +6,7 @@ import sys
 
 from ddpo import __version__
 from ddpo.config import (
+    AnnotateConfig,
     DemoConfig,
     EvaluateConfig,
     GenerateConfig,
@@ -16,10 +17,13 @@ from ddpo.config import (
     TrainConfig,
     TuneConfig,
     WeighConfig,
+    WinrateConfig,
 )
 from ddpo.settings import run_command
 
-VERBS = {  # verb -> module, settings, field that the first bare argument names; the function is called like the verb
+# verb -> module, settings, field that the first bare argument names (a tuple: all of them); the function is called like
+# the verb
+VERBS = {
     "prepare": ("ddpo.prepare", PrepareConfig, "source"),
     "weigh": ("ddpo.weigh", WeighConfig, "source"),
     "train": ("ddpo.train", TrainConfig, "data"),
@@ -28,6 +32,8 @@ VERBS = {  # verb -> module, settings, field that the first bare argument names;
     "reward": ("ddpo.reward", RewardConfig, "source"),
     "score": ("ddpo.score", ScoreConfig, "responses"),
     "evaluate": ("ddpo.evaluate", EvaluateConfig, "responses"),
+    "annotate": ("ddpo.annotate", AnnotateConfig, "responses"),
+    "winrate": ("ddpo.winrate", WinrateConfig, "answers"),
     "tune": ("ddpo.tune", TuneConfig, "model"),
     "demo": ("ddpo.demo", DemoConfig, None),
 }

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 console = Console(highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def quiet(on: bool = True) -> Iterator[None]:
+    """Inside, the console says nothing, so that a command's output can be read by another program."""
+    before = console.quiet
+    console.quiet = before or on
+    try:
+        yield
+    finally:
+        console.quiet = before
 
 
 def progress() -> Progress:
@@ -54,8 +66,8 @@ def card() -> dict:
     """The machine, the versions of what matters, and the commit of the source tree if it is one."""
     import torch
 
-    names = ("ddpo", "torch", "triton", "transformers", "peft", "datasets", "numpy")
-    installed = {d.metadata["Name"] for d in metadata.distributions()}
+    names = ("ddpo", "torch", "triton", "transformers", "peft", "datasets", "numpy", "scipy", "rouge-score")
+    installed = {d.metadata["Name"].replace("_", "-") for d in metadata.distributions()}
     return {
         "machine": {
             "platform": platform.platform(),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_origin, get_type_hints
 
 import yaml
 
@@ -17,14 +17,17 @@ Config = TypeVar("Config")
 def parse(cls: type[Config], argv: list[str], prog: str, positional: str | None = None) -> Config:
     """Settings of a command from `--config FILE.yaml` and command-line options, the latter first.
 
-    positional: field that a first bare argument names. Unknown keys and options raise ValueError with the nearest name.
+    positional: field that the first bare argument names; all that come first, where the field is a tuple. Unknown keys
+    and options raise ValueError with the nearest name.
     """
     import tyro
 
     names = [f.name for f in fields(cls)]
     argv = list(argv)
-    if positional and argv and not argv[0].startswith("-"):
-        argv[:1] = [f"--{positional}", argv[0]]
+    several = positional and get_origin(get_type_hints(cls)[positional]) is tuple
+    num_bare = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
+    if positional and num_bare:
+        argv[:0] = [f"--{positional}"]  # tyro says what it does not know: a second one where there is but one
     from_file: list[str] = []
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if "--config" in argv:
@@ -35,7 +38,8 @@ def parse(cls: type[Config], argv: list[str], prog: str, positional: str | None 
     for option in argv:
         if option.startswith("--") and option != "--help":
             _check_name(option[2:].split("=")[0], names, "option")
-    bare = f"The first bare argument is --{positional}. " if positional else ""
+    arguments = "The first bare arguments are" if several else "The first bare argument is"
+    bare = f"{arguments} --{positional}. " if positional else ""
     description = f"{inspect.getdoc(cls)}\n\n{bare}Options can stand in a YAML file too: --config FILE."
     return tyro.cli(cls, args=from_file + argv, prog=prog, description=description)
 

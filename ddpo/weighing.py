@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from ddpo import deviation, distributed
-from ddpo.config import Weighing
+from ddpo.config import Encoding, Weighing
 from ddpo.embedded import Embedded
 from ddpo.encoders import load_encoder
 
 
-def load_measures(cfg: Weighing) -> dict[str, Embedded]:
+def load_measures(cfg: Encoding) -> dict[str, Embedded]:
     """Each measure's embeddings. Raises ValueError for measures or encoders that are none."""
     if not cfg.measures or len(set(cfg.measures)) != len(cfg.measures):
         raise ValueError(f"measures must name each of semantic and style at most once, got {list(cfg.measures)}")
@@ -21,7 +21,7 @@ def load_measures(cfg: Weighing) -> dict[str, Embedded]:
     return {m: Embedded(encoder, cfg.embeddings) for m, encoder in encoders.items()}
 
 
-def embed(texts: list[str], cfg: Weighing) -> dict[str, torch.Tensor]:
+def embed(texts: list[str], cfg: Encoding) -> dict[str, torch.Tensor]:
     """Each measure's embeddings of all texts, (R, D) float32; under torchrun each process encodes a share."""
     distributed.start()
     return {m: embedded.rows(texts) for m, embedded in load_measures(cfg).items()}

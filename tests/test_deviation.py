@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ddpo import deviation, metrics, reference
+from ddpo import deviation, reference
 from ddpo.deviation import mean_distance, report, weights
 
 f64 = torch.float64
@@ -114,15 +114,6 @@ def test_set_metrics():
     )
     assert deviation.distinct_k(e, groups, 0.1).tolist() == [2, 1]
     assert deviation.distinct_k(e, groups, 1e-9).tolist() == [3, 1]
-
-
-def test_paired_bootstrap():
-    before = np.arange(20.0)
-    assert metrics.paired_bootstrap(before, before + 1) == (1, 1, 1)
-    mean, low, high = metrics.paired_bootstrap(before, before + np.tile([1.0, -1.0], 10))
-    assert mean == 0 and -0.6 < low < -0.3 and 0.3 < high < 0.6
-    with pytest.raises(ValueError, match="two equal"):
-        metrics.paired_bootstrap([1.0], [1.0, 2.0])
 
 
 @pytest.mark.parametrize("name", ["noveltybench_gemini15pro.jsonl", "aut_human.jsonl"])

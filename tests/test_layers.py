@@ -12,7 +12,7 @@ FLOORS = [  # a file imports its own floor or lower
     {"kernels"},
     {"reference", "files", "_C"},
     {"ops"},
-    {"losses", "fused", "deviation", "metrics"},
+    {"losses", "fused", "deviation", "metrics", "text_measures"},
     {
         *("data", "encoders", "loading", "attention", "layers", "model", "refcache", "checkpoint", "log", "config"),
         *(
@@ -29,9 +29,14 @@ FLOORS = [  # a file imports its own floor or lower
             "ledger",
             "reward_model",
             "weighing",
+            "likelihood",
+            "measuring",
         ),
     },
-    {"train", "generate", "evaluate", "prepare", "weigh", "tune", "plan", "reward", "score"},
+    {
+        *("train", "generate", "evaluate", "annotate", "winrate", "prepare", "weigh", "tune", "plan"),
+        *("reward", "score"),
+    },
     {"demo", "cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

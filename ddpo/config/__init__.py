@@ -1,15 +1,18 @@
 """Every command's settings as frozen dataclasses. Loads neither torch nor transformers. The docstring of a field is its
 help text."""
 
-from ddpo.config.data import PrepareConfig, WeighConfig, Weighing
+from ddpo.config.data import Encoding, PrepareConfig, WeighConfig, Weighing
 from ddpo.config.reward import RewardConfig, ScoreConfig
-from ddpo.config.sampling import DemoConfig, EvaluateConfig, GenerateConfig
+from ddpo.config.sampling import AnnotateConfig, DemoConfig, EvaluateConfig, GenerateConfig, Measuring, WinrateConfig
 from ddpo.config.training import PlanConfig, TrainConfig, TuneConfig
 
 __all__ = [
+    "AnnotateConfig",
     "DemoConfig",
+    "Encoding",
     "EvaluateConfig",
     "GenerateConfig",
+    "Measuring",
     "PlanConfig",
     "PrepareConfig",
     "RewardConfig",
@@ -18,4 +21,5 @@ __all__ = [
     "TuneConfig",
     "WeighConfig",
     "Weighing",
+    "WinrateConfig",
 ]

@@ -7,11 +7,11 @@ from ddpo.config.checked import Checked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weighing(Checked):
-    """How weights come from texts: encoders, distances, deviations."""
+class Encoding(Checked):
+    """How texts become embeddings, and where these are kept."""
 
     measures: tuple[Literal["semantic", "style"], ...] = ("semantic", "style")
-    """Measures of deviation; both by default. Their geometric mean is the deviation."""
+    """Measures of deviation and diversity; both by default. Deviation is their geometric mean."""
     semantic: str = "minilm"
     """Semantic encoder: 'minilm' or any sentence-transformers model (paper: jinaai/jina-embeddings-v3)."""
     semantic_prompt: str | None = None
@@ -20,6 +20,16 @@ class Weighing(Checked):
     """Task of a semantic encoder that has several (jina-embeddings-v3: text-matching)."""
     style: str = "builtin"
     """Style encoder: 'builtin' or any sentence-transformers model (paper: AnnaWegmann/Style-Embedding)."""
+    trust_remote_code: bool = False
+    """Let an encoder's repository run its own code (jinaai/jina-embeddings-v3 needs it)."""
+    embeddings: str | None = None
+    """Folder where embeddings are kept, each text's once; by default in the user's cache (~/.cache/ddpo/embeddings)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighing(Encoding):
+    """How weights come from texts: encoders, distances, deviations."""
+
     metric: Literal["cosine", "euclidean"] = "cosine"
     """Distance of two embeddings."""
     combine: Literal["geometric", "arithmetic"] = "geometric"
@@ -30,10 +40,6 @@ class Weighing(Checked):
     """Deviations are raised to at least this (0 to 1) before normalising; keeps winners that weight 0 would drop."""
     release_floor: bool = False
     """Weights are raised to at least 0.2 after normalising."""
-    trust_remote_code: bool = False
-    """Let an encoder's repository run its own code (jinaai/jina-embeddings-v3 needs it)."""
-    embeddings: str | None = None
-    """Folder where embeddings are kept, each text's once; by default in the user's cache (~/.cache/ddpo/embeddings)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ddpo.config.checked import Checked
+from ddpo.config.data import Encoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,30 +54,102 @@ class GenerateConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Checked):
-    """Measures diversity, length and likelihood of generated responses; with --before, what changed.
+class Measuring(Encoding):
+    """What is measured of responses, and how."""
 
-    Example: ddpo evaluate after.jsonl --before before.jsonl --model smollm2-135m-instruct
-    """
-
-    responses: str
-    """JSONL of responses, as `ddpo generate` writes it."""
-    before: str | None = None
-    """JSONL of the same prompts' responses before training, to compare with."""
-    out: str | None = None
-    """JSON file for the numbers, per prompt and averaged."""
-    model: str | None = None
-    """Starting model; where given, the mean log-prob of the responses under it is measured too."""
-    chat_template: str | None = None
-    """File with a chat template (Jinja) to use instead of the tokenizer's own."""
-    semantic: str = "minilm"
-    """Semantic encoder, as in `ddpo prepare`."""
-    style: str = "builtin"
-    """Style encoder, as in `ddpo prepare`."""
-    trust_remote_code: bool = False
-    """Let an encoder's repository run its own code."""
+    quality: str | None = None
+    """Key of each response that says how good it is (reward, score, ...); by default 'reward' where all have one."""
+    quality_threshold: float | None = None
+    """Least quality of a good response; by default the median of all files' responses together."""
+    text_measures: bool = True
+    """Compression ratio, homogenisation (slow for long texts), n-gram diversity and self-repetition."""
+    rouge_pairs: int = 1000
+    """Most pairs of a prompt's responses that homogenisation compares, drawn at random where there are more."""
+    release_compat: bool = False
+    """Compression ratio, homogenisation and n-gram diversity as the released code has them (gzipped twice, ...)."""
     distinct_threshold: float = 0.25
     """Two responses count as the same to distinct_k when their semantic cosine distance is under this."""
+    model: str | None = None
+    """Starting model; where given, length in tokens and the mean log-prob under it are measured too."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja) to use instead of the tokenizer's own."""
+    seed: int = 0
+    """Seed of resampling and of homogenisation's pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Measuring):
+    """Measures quality, diversity, length and likelihood of responses; with --before, what changed.
+
+    Files hold the same prompts in the same order; numbers of responses may differ. Means over prompts with bootstrap
+    95 % intervals; differences to --before are paired by prompt, p by a sign-flip test. Diversity is the mean pairwise
+    cosine distance of a prompt's responses, also among good ones (--quality-threshold) and with each response cut to
+    the smallest of the files' median lengths in words.
+
+    Example: ddpo evaluate dpo.jsonl ddpo.jsonl --before before.jsonl --out numbers.json
+    """
+
+    responses: tuple[str, ...]
+    """JSONL of responses, as `ddpo generate` writes it; people's answers in the groups contract serve too."""
+    before: str | None = None
+    """JSONL of the same prompts' responses, the baseline that each other file is compared with."""
+    out: str | None = None
+    """JSON file for the numbers, per prompt and averaged; an older one is replaced."""
+    json: bool = False
+    """Print the numbers as JSON instead of a table."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.responses, str):  # one file, named from Python
+            object.__setattr__(self, "responses", (self.responses,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateConfig(Checked):
+    """Writes blinded side-by-side sets of two files' responses for people to compare.
+
+    A folder with sets.csv for the annotators (a row a prompt: set A, set B, empty columns for answers A, B or tie) and
+    key.json, which says which file was which side and which `ddpo winrate` wants; keep it from the annotators. Order of
+    rows and sides is drawn at random, each file is set A as often as B.
+
+    Example: ddpo annotate ddpo.jsonl dpo.jsonl --out comparison --num-prompts 50
+    """
+
+    responses: tuple[str, ...]
+    """Two JSONL files of responses to the same prompts."""
+    out: str
+    """Folder to make."""
+    num_responses: int = 4
+    """Responses of a set, drawn at random where a prompt has more (paper: 4)."""
+    num_prompts: int | None = None
+    """Prompts to compare, drawn at random; by default all."""
+    questions: tuple[str, ...] = ("more_diverse", "better_quality")
+    """Columns that annotators fill in."""
+    seed: int = 0
+    """Seed of prompts, responses, order and sides."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinrateConfig(Checked):
+    """Win rates from people's answers to the sets of `ddpo annotate`.
+
+    Answers are A, B or tie, in any case; empty cells are left out and counted. Several annotators: a file each, or a
+    column `annotator`. The win rate leaves out ties; its 95 % interval is Wilson's, and where a prompt has several
+    answers a bootstrap over prompts.
+
+    Example: ddpo winrate anna.csv ben.csv --key comparison/key.json
+    """
+
+    answers: tuple[str, ...]
+    """CSV files with the answers filled in."""
+    key: str
+    """The key.json that `ddpo annotate` wrote with the sets."""
+    out: str | None = None
+    """JSON file for the numbers; an older one is replaced."""
+    json: bool = False
+    """Print the numbers as JSON instead of a table."""
     seed: int = 0
     """Seed of the bootstrap."""
 

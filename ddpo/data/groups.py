@@ -124,6 +124,32 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
+def read_groups_file(path: str | Path) -> list[Group]:
+    """The groups of a file in the contract."""
+    return [parse_group(row, where) for where, row in read_jsonl(path)]
+
+
+def labels(paths: list[str]) -> list[str]:
+    """A name for each file: its own without ending, the whole path where two are alike, numbered where that is too."""
+    stems = [Path(p).stem for p in paths]
+    names = [stem if stems.count(stem) == 1 else str(p) for stem, p in zip(stems, paths, strict=True)]
+    return [f"{n} ({names[:i].count(n) + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
+
+
+def check_same_prompts(a: list[Group], b: list[Group], files: str) -> None:
+    """Raises ValueError where two files hold other prompts, or in another order."""
+    for x, y in zip(a, b, strict=False):
+        if x.prompt != y.prompt:
+            raise ValueError(
+                f"{files} hold other prompts or another order: {x.where} has {str(x.prompt)[:60]!r}, {y.where} has "
+                f"{str(y.prompt)[:60]!r}; wanted the same prompts in the same order"
+            )
+    if len(a) != len(b):
+        raise ValueError(
+            f"{files} hold other prompts: {len(a)} and {len(b)} of them; wanted the same in the same order"
+        )
+
+
 def group_row(group: Group) -> dict:
     """The group as a row of the contract."""
     responses = [{"text": r.text, "score": r.score, **r.extra} for r in group.responses]

@@ -16,8 +16,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 console = Console(highlight=False, soft_wrap=True)
 
 
-def progress() -> Progress:
-    """Bars with description, count, time spent and time left; a field `note` after them."""
+def progress(transient: bool = False) -> Progress:
+    """Bars with description, count, time spent and time left; a field `note` after them. transient: gone at the end."""
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(bar_width=24),
@@ -26,7 +26,7 @@ def progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, transient=transient)
 
 
 def track(items: Iterable, label: str, total: int, size: Callable = lambda item: 1) -> Iterator:

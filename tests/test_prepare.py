@@ -33,7 +33,7 @@ def text_pairs(data):
 
 
 def files_of(folder):
-    return {p.name: sha256(p) for p in folder.iterdir()}
+    return {p.name: sha256(p) for p in folder.rglob("*") if p.is_file()}
 
 
 # --- from groups to the folder ----------------------------------------------------------------------------

@@ -17,7 +17,8 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def progress(transient: bool = False) -> Progress:
-    """Bars with description, count, time spent and time left; a field `note` after them. transient: gone at the end."""
+    """Bars with description, count, time spent and time left; a field `note` after them. transient: gone at the end,
+    and shown to a terminal alone."""
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(bar_width=24),
@@ -26,7 +27,7 @@ def progress(transient: bool = False) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    return Progress(*columns, console=console, transient=transient)
+    return Progress(*columns, console=console, transient=transient, disable=transient and not console.is_terminal)
 
 
 def track(items: Iterable, label: str, total: int, size: Callable = lambda item: 1) -> Iterator:

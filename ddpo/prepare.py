@@ -64,6 +64,7 @@ def prepare(cfg: PrepareConfig) -> Path:
     made_of |= {name: settings[name] for name in ("format", "split", "max_length", "too_long")}
     work = work_folder(out, made_of)
     parts = tokenise(work, cfg, tokens)
+    log.console.print(f"{parts.num_groups} prompts tokenised, in parts: {len(parts)}")
     summary = assemble(work / "folder", parts, measures, cfg, manifest)
     distributed.barrier()  # none reads the parts any more
     if rank == 0:
@@ -101,37 +102,33 @@ def _plain(value):
 def assemble(draft: Path, parts: Parts, measures: dict, cfg: PrepareConfig, manifest: dict) -> dict:
     """Pairs and weighs part by part and fills the draft; returns the summary. All processes encode, the first alone
     writes."""
-    first, summary = distributed.is_first(), Summary(parts.dropped)
-    heldout, seen, pairs, weightings = split_off(parts.num_groups, cfg), 0, [], []
+    first, summary, heldout = distributed.is_first(), Summary(parts.dropped), split_off(parts.num_groups, cfg)
+    num_read, num_kept, pairs, weightings = 0, 0, [], []  # groups
     if first:
         shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
         draft.mkdir()
         writer = prepared.Writer(draft)
     for number, part in enumerate(parts, 1):
-        out = [g for g in range(part.num_groups) if seen + g in heldout]
-        train = np.setdiff1d(np.arange(part.num_groups), out)
-        seen += part.num_groups
-        if first and out:
-            write_jsonl(draft / "heldout.jsonl", map(part.row, out), append=True)
-        if not len(train):
+        held = np.array([num_read + g in heldout for g in range(part.num_groups)], bool)
+        num_read += part.num_groups
+        if first and held.any():
+            write_jsonl(draft / "heldout.jsonl", map(part.row, held.nonzero()[0].tolist()), append=True)
+        if held.all():
             continue
-        note, embeddings = f"part {number} of {len(parts)}", {}
+        part, note, embeddings = part.only(~held), f"part {number} of {len(parts)}", {}
         if cfg.pairs == "divpo":
             embeddings = {m: e.rows(part.responses["text"].to_pylist(), note) for m, e in measures.items()}
-        keep, offsets, found = pair_part(part, train, summary.prompts, embeddings, cfg, summary.dropped)
-        responses = part.responses.take(keep)
+        stay, offsets, found = pair_part(part, num_kept, embeddings, cfg, summary.dropped)
+        responses = part.responses.take(stay)
         embeddings = {m: e.rows(responses["text"].to_pylist(), note) for m, e in measures.items()}
         if first:
-            group = np.repeat(np.arange(len(train)), np.diff(offsets)) + summary.prompts
-            before = [summary.prompts, summary.responses, summary.responses]
-            groups = part.groups.drop_columns("pairs").take(train)
-            responses = responses.set_column(0, "group", [group])
+            group = np.repeat(np.arange(part.num_groups), np.diff(offsets)) + num_kept
+            tables = part.groups.drop_columns("pairs"), responses.set_column(0, "group", [group])
+            pairs.append(found + [num_kept, summary.responses, summary.responses])
             weightings.append(weigh_pairs(offsets, found, embeddings, cfg))
-            writer.add(groups, responses)
-            summary.add(groups, responses, found)
-            pairs.append(found + before)
-        else:
-            summary.prompts += len(train)  # the groups are counted for their generators
+            writer.add(*tables)
+            summary.add(*tables, found)
+        num_kept += part.num_groups
     if not first:
         return {}
     weighting = join(weightings)
@@ -146,31 +143,30 @@ def split_off(num_groups: int, cfg: PrepareConfig) -> set[int]:
     return set(np.random.default_rng([cfg.seed, 1]).permutation(num_groups)[:num_out].tolist())
 
 
-def pair_part(part: Part, train: np.ndarray, num_before: int, embeddings: dict, cfg: PrepareConfig, dropped: Counter):
-    """Of a part's groups `train`, before which num_before others were: the rows of its responses that stay, their
-    offsets by group (G+1,), and the pairs (P, 3): group, chosen, rejected, among these.
+def pair_part(part: Part, num_before: int, embeddings: dict, cfg: PrepareConfig, dropped: Counter):
+    """Of a part, before which num_before groups were: the rows of its responses that stay, their offsets by group
+    (G+1,), and the pairs (P, 3): group, chosen, rejected, among these.
 
     embeddings: of all responses of the part, for divpo.
     """
     scores, texts = part.responses["score"].to_pylist(), part.responses["text"].to_pylist()
-    given = part.groups["pairs"].to_pylist()
-    keep, sizes, pairs = [], [], []
-    for i, g in enumerate(train):
+    stay, sizes, pairs = [], [], []
+    for g, given in enumerate(part.groups["pairs"].to_pylist()):
         a, b = part.offsets[g : g + 2].tolist()
-        rng = np.random.default_rng([cfg.seed, 0, num_before + i])
-        found = pair_group(scores[a:b], texts[a:b], given[g], partial(_deviation, embeddings, a, cfg), rng, cfg)
-        if given[g] is not None:
-            dropped["pair of one text with itself"] += len(given[g]) - len(found)
+        rng = np.random.default_rng([cfg.seed, 0, num_before + g])
+        found = pair_group(scores[a:b], texts[a:b], given, partial(_deviation, embeddings, a, cfg), rng, cfg)
+        if given is not None:
+            dropped["pair of one text with itself"] += len(given) - len(found)
         kept, num_found = list(range(b - a)), len(found)
         if cfg.max_responses is not None and b - a > cfg.max_responses:
             found, kept = at_most(found, scores[a:b], cfg.max_responses, rng, cfg.top_scores)
             dropped[f"response over {cfg.max_responses} of its prompt"] += b - a - len(kept)
             dropped[f"pair over {cfg.max_responses} responses of its prompt"] += num_found - len(found)
-        place = {old: len(keep) + new for new, old in enumerate(kept)}
-        pairs += [(i, place[c], place[r]) for c, r in found]
-        keep += [a + old for old in kept]
+        place = {old: len(stay) + new for new, old in enumerate(kept)}
+        pairs += [(g, place[c], place[r]) for c, r in found]
+        stay += [a + old for old in kept]
         sizes.append(len(kept))
-    return keep, np.cumsum([0, *sizes]), np.array(pairs, np.int64).reshape(-1, 3)
+    return stay, np.cumsum([0, *sizes]), np.array(pairs, np.int64).reshape(-1, 3)
 
 
 def pair_group(scores, texts, given, deviation, rng, cfg: PrepareConfig) -> list[tuple[int, int]]:

@@ -44,6 +44,12 @@ class Part:
     def num_groups(self) -> int:
         return len(self.offsets) - 1
 
+    def only(self, groups: np.ndarray) -> "Part":
+        """The part with some of its groups, given by a mask (num_groups,) bool."""
+        sizes = np.diff(self.offsets)
+        responses = self.responses.filter(pa.array(np.repeat(groups, sizes)))
+        return Part(self.groups.filter(pa.array(groups)), responses, np.cumsum([0, *sizes[groups]]))
+
     def row(self, group: int) -> dict:
         """A group as a row of the file contract."""
         prompt, extra = (json.loads(self.groups[name][group].as_py()) for name in ("prompt", "extra"))
@@ -109,7 +115,7 @@ def _tokenise(folder, cfg, tokens):
     rank, world = distributed.start()
     there = distributed.from_first({p.parent.name for p in folder.glob("[!.]*/counts.json")})
     if there:
-        log.console.print(f"{len(there)} parts of {PART:,} responses are tokenised already")
+        log.console.print(f"parts tokenised already: {len(there)}, of about {PART:,} responses")
     dropped, number, shares = Counter(), -1, itertools.cycle(range(world))
     with log.progress(transient=True) as bar:
         task = bar.add_task("responses tokenised", total=None, note="")

@@ -17,7 +17,7 @@ from ddpo.data import prepared
 from ddpo.data.groups import write_jsonl
 from ddpo.data.importers import identity
 from ddpo.data.pairs import all_pairs, at_most, divpo_pairs, gap_pairs
-from ddpo.data.parts import Part, Parts, fit, source_groups, tokenise, work_folder
+from ddpo.data.parts import Part, Parts, fit, forget, source_groups, tokenise, work_folder
 from ddpo.data.summary import Summary, tell_quantiles
 from ddpo.data.tokens import ChatTokens
 from ddpo.files import place, read_json
@@ -57,6 +57,7 @@ def prepare(cfg: PrepareConfig) -> Path:
     manifest = {"ddpo": __version__, "settings": settings, "source": source, "tokenizer": tokenizer}
     if there and not cfg.overwrite:
         check_same(out, manifest)
+        forget(out)  # parts of a run that was killed between giving the folder its name and this
         log.console.print(f"{escape(str(out))} was made of the same data by the same settings; nothing to do")
         return out
     measures = load_measures(cfg)
@@ -69,7 +70,7 @@ def prepare(cfg: PrepareConfig) -> Path:
     distributed.barrier()  # none reads the parts any more
     if rank == 0:
         place(work / "folder", out, cfg.overwrite)
-        shutil.rmtree(work)
+        forget(out)
         show(summary, out)
     distributed.barrier()
     return out
@@ -124,7 +125,7 @@ def assemble(draft: Path, parts: Parts, measures: dict, cfg: PrepareConfig, mani
         if first:
             group = np.repeat(np.arange(part.num_groups), np.diff(offsets)) + num_kept
             tables = part.groups.drop_columns("pairs"), responses.set_column(0, "group", [group])
-            pairs.append(found + [num_kept, summary.responses, summary.responses])
+            pairs.append(found + np.array([num_kept, summary.responses, summary.responses]))
             weightings.append(weigh_pairs(offsets, found, embeddings, cfg))
             writer.add(*tables)
             summary.add(*tables, found)

@@ -161,7 +161,9 @@ def test_resume_of_a_finished_folder(make_prepared, tokenised, capsys):
     data = make_prepared(STORIES)
     before = {p.name: (sha256(p), p.stat().st_mtime_ns) for p in data.folder.iterdir()}
     tokenised.clear()
+    (data.folder.parent / ".out.parts").mkdir()  # killed before it could delete them
     make_prepared(STORIES, resume=True)
+    assert not (data.folder.parent / ".out.parts").exists()
     assert "was made of the same data by the same settings; nothing to do" in capsys.readouterr().out and not tokenised
     with pytest.raises(ValueError, match=r"made otherwise: gap was 1.0 and is 2.0 now; max_length was 2048 and is 9"):
         make_prepared(STORIES, resume=True, gap=2.0, max_length=90)

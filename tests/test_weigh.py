@@ -161,7 +161,9 @@ def test_crpo_weighs_no_responses(two_measures, groups_file, tmp_path):
 
 def test_crpo_wants_a_scale_for_each_measure():
     with pytest.raises(ValueError, match=r"crpo_scales must be a number of at least 0 for each of the 2 measures, got"):
-        WeighConfig(source="x", crpo_scales=(1.0, -1.0))
+        WeighConfig(source="x", weighting="crpo", crpo_scales=(1.0, -1.0))
+    with pytest.raises(ValueError, match="crpo_scales are for weighting 'crpo'"):
+        WeighConfig(source="x", crpo_scales=(1.0, 1.0))
     u = torch.rand(2, 4, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"crpo_weights: wants a scale for each of 2 measures, got \[1.0\]"):
         crpo_weights(u, torch.tensor([[0, 1]]), [1.0])

@@ -45,6 +45,8 @@ class Weighing(Checked):
         super().__post_init__()
         if not 0 <= self.min_deviation <= 1:
             raise ValueError(f"config: min_deviation must lie in [0, 1], got {self.min_deviation}")
+        if self.crpo_scales and self.weighting != "crpo":
+            raise ValueError("config: crpo_scales are for weighting 'crpo'")
         if self.crpo_scales and (len(self.crpo_scales) != len(self.measures) or min(self.crpo_scales) < 0):
             raise ValueError(
                 f"config: crpo_scales must be a number of at least 0 for each of the {len(self.measures)} measures, "
@@ -111,6 +113,8 @@ class PrepareConfig(Weighing):
             raise ValueError(f"config: holdout must lie in [0, 1), got {self.holdout}")
         if self.max_responses is not None and self.max_responses < 2:
             raise ValueError(f"config: max_responses must be at least 2, got {self.max_responses}")
+        if self.top_scores and self.max_responses is None:
+            raise ValueError("config: top_scores is of groups that are cut; give max_responses too")
 
 
 @dataclass(frozen=True, kw_only=True)

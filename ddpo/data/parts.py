@@ -83,7 +83,7 @@ class Parts:
 
 def work_folder(out: Path, made_of: dict) -> Path:
     """The folder of an output's parts, as an earlier run left it where that was of the same source and tokens."""
-    folder = out.with_name(f".{out.name}.parts")
+    folder, made_of = _folder_of(out), {**made_of, "part": PART}
     if distributed.is_first():
         known = folder / "made_of.json"
         if folder.exists() and not (known.is_file() and read_json(known) == made_of):
@@ -92,6 +92,16 @@ def work_folder(out: Path, made_of: dict) -> Path:
         write_json(known, made_of)
     distributed.barrier()
     return folder
+
+
+def forget(out: Path) -> None:
+    """Deletes the parts of an output that is whole."""
+    if distributed.is_first():
+        shutil.rmtree(_folder_of(out), ignore_errors=True)
+
+
+def _folder_of(out):
+    return out.with_name(f".{out.name}.parts")
 
 
 def tokenise(folder: Path, cfg: PrepareConfig, tokens: ChatTokens) -> Parts:

@@ -232,7 +232,7 @@ BAD = {
     "few responses": (None, {"max_responses": 1}, "max_responses must be at least 2, got 1"),
     "scales": (
         None,
-        {"crpo_scales": (0.5, 0.5)},
+        {"weighting": "crpo", "crpo_scales": (0.5, 0.5)},
         "a number of at least 0 for each of the 1 measures",
     ),
 }

@@ -177,7 +177,7 @@ class Prepared:
     def texts(self, responses: Sequence[int] | None = None) -> list[str]:
         """Of these responses, or of all. A range is cut out, others are copied together."""
         column = self.responses["text"]
-        if isinstance(responses, range):
+        if isinstance(responses, range) and responses.step == 1:
             return column.slice(responses.start, len(responses)).to_pylist()
         return (column if responses is None else column.take(pa.array(responses))).to_pylist()
 

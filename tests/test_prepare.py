@@ -33,7 +33,7 @@ def text_pairs(data):
 
 
 def files_of(folder):
-    return {p.name: sha256(p) for p in folder.iterdir()}
+    return {p.name: sha256(p) for p in folder.rglob("*") if p.is_file()}
 
 
 # --- from groups to the folder ----------------------------------------------------------------------------
@@ -135,6 +135,59 @@ def test_the_gap_is_reported(make_prepared, capsys):
     assert "no pair's scores differ by 50" in capsys.readouterr().out
 
 
+def test_the_summary_tells_lengths_and_gaps(make_prepared, capsys):
+    data = make_prepared(pairs="all")
+    scores = np.array(data.responses["score"])[data.pairs]
+    for name, values in (
+        ("score_gaps", scores[:, 0] - scores[:, 1]),
+        ("response_tokens", data.num_tokens),
+        ("prompt_tokens", data.num_prompt_tokens[data.group_offsets()[:-1]]),
+    ):
+        wanted = dict(
+            zip(("min", "p10", "median", "p90", "max"), np.percentile(values, [0, 10, 50, 90, 100]), strict=True)
+        )
+        assert summary(data)[name] == {**wanted, "mean": values.mean()}
+    out = capsys.readouterr().out
+    assert "score gaps: min 1, p10 1, median 2, p90 3" in out and "tokens of a response: min 4, p10 " in out
+    assert summary(make_prepared(group(("a", 1), ("b", 1)), overwrite=True))["score_gaps"] is None
+
+
+@pytest.mark.parametrize("rule", ["gap", "all", "divpo"])
+def test_groups_are_cut(make_prepared, rule, capsys):
+    """Pairs are those of the whole group, as far as they fit; deviation and weights are over what is left."""
+    texts = [" ".join(["So,", "we went?", "UP!", "the hill;", "and 9"][i % 5 : i % 3 + 3]) + "." * i for i in range(9)]
+    groups = group(*zip(texts, [3, 1, 4, 1, 5, 9, 2, 6, None], strict=True)) + group(("x", 1), ("y", 2), prompt="Small")
+    whole = text_pairs(make_prepared(groups, pairs=rule))
+    data = make_prepared(groups, pairs=rule, max_responses=4, overwrite=True)
+    assert data.group_offsets().tolist() == [0, 4, 6] and set(data.texts()) <= {*texts, "x", "y"}
+    assert set(text_pairs(data)) <= set(whole) and ("y", "x") in text_pairs(data)
+    dropped = {"response over 4 of its prompt": 5, "pair over 4 responses of its prompt": len(whole) - len(data.pairs)}
+    assert summary(data)["dropped"] == {reason: count for reason, count in dropped.items() if count}
+    assert "dropped: 5 x response over 4 of its prompt" in capsys.readouterr().out
+    d = reference.mean_distance(style_features(data.texts(range(4))).double())
+    np.testing.assert_allclose(data.deviation["weight"][:4], reference.weights(reference.deviation([d])), rtol=1e-5)
+    assert make_prepared(groups, pairs=rule, max_responses=9, overwrite=True).texts() == [*texts, "x", "y"]
+
+
+def test_groups_are_cut_to_the_best_scored(make_prepared):
+    groups = group(*((f"text {s}", s) for s in (3, 1, 4, 0, 5, 9, 2, 6)))
+    for seed in range(3):
+        options = {"pairs": "all", "max_responses": 4, "top_scores": True, "seed": seed, "overwrite": True}
+        data = make_prepared(groups, **options)
+        assert data.texts() == ["text 4", "text 5", "text 9", "text 6"] and len(data.pairs) == 6
+
+
+def test_given_pairs_are_cut_alike(make_prepared, tmp_path):
+    rows = [{"prompt": "p", "chosen": c, "rejected": r} for c, r in ("ab", "cd", "ef", "ba")]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    seen = set()
+    for seed in range(16):
+        data = make_prepared(source=str(tmp_path / "rows.jsonl"), max_responses=3, seed=seed, overwrite=True)
+        assert len(data.texts()) == 3 and summary(data)["dropped"]["response over 3 of its prompt"] == 3
+        seen.add(tuple(text_pairs(data)))
+    assert seen == {(("a", "b"), ("b", "a")), (("c", "d"),), (("e", "f"),)}
+
+
 def test_divpo_measures_deviation_inside_its_pools(make_prepared):
     texts = [" ".join(["So,", "we went?", "UP!", "the hill;", "and 9"][i % 5 : i % 3 + 3]) + "." * i for i in range(13)]
     groups = group(("x", 1)) + group(*zip(texts, range(13), strict=True))
@@ -171,11 +224,17 @@ def test_the_same_settings_make_the_same_folder(make_prepared, tmp_path):
 BAD = {
     "bad line": ('{"prompt": "p", "responses": [{"text": ""}]}', {}, r"source\.jsonl:1: 'text' of response 0 is empty"),
     "all dropped": (None, {"max_length": 10}, r"no response is left; dropped: \{'response longer than 10 tokens"),
-    "holdout": (None, {"holdout": 1.0}, r"prepare: holdout must lie in \[0, 1\), got 1.0"),
+    "holdout": (None, {"holdout": 1.0}, r"config: holdout must lie in \[0, 1\), got 1.0"),
     "no measure": (None, {"measures": ()}, "measures must name each of semantic and style at most once"),
     "a measure twice": (None, {"measures": ("style", "style")}, "at most once, got"),
     "unknown encoder": (None, {"measures": ("semantic",), "semantic": "builtin"}, "'builtin' is a style encoder"),
     "floor": (None, {"min_deviation": 2.0}, r"min_deviation must lie in \[0, 1\], got 2.0"),
+    "few responses": (None, {"max_responses": 1}, "max_responses must be at least 2, got 1"),
+    "scales": (
+        None,
+        {"weighting": "crpo", "crpo_scales": (0.5, 0.5)},
+        "a number of at least 0 for each of the 1 measures",
+    ),
 }
 
 
@@ -190,15 +249,19 @@ def test_a_failed_prepare_leaves_nothing(make_prepared, tmp_path, content, chang
     assert files_of(tmp_path) == before
 
 
-def test_a_failure_while_writing_leaves_nothing(make_prepared, tmp_path, monkeypatch):
-    def full(path, rows):
+def test_a_failure_while_writing_leaves_no_folder(make_prepared, tmp_path, monkeypatch):
+    """Nothing under the folder's name; the parts stay for the next time, which leaves nothing else behind."""
+
+    def full(path, rows, append):
         path.write_text("half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("ddpo.prepare.write_jsonl", full)
-    with pytest.raises(OSError, match="no space left"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr("ddpo.prepare.write_jsonl", full)
         make_prepared(holdout=0.5)
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == [".out.parts"]
+    assert len(make_prepared(holdout=0.5).groups) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_tokenizer_without_chat_template(make_prepared, tmp_path):

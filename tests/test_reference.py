@@ -85,3 +85,9 @@ def test_deviation_and_weights_by_hand():
     torch.testing.assert_close(arithmetic, torch.tensor([0.1, 0.75, 0.75], dtype=f64))
     constant = torch.full((4,), 0.3, dtype=f64) + 1e-8 * torch.arange(4)
     assert ref.deviation([constant]).tolist() == [1, 1, 1, 1] == ref.weights(ref.deviation([constant])).tolist()
+
+
+def test_crpo_by_hand():
+    chosen, rejected = torch.tensor([0.9, 0.2], dtype=f64), torch.tensor([0.4, 0.7], dtype=f64)
+    assert ref.crpo(chosen, rejected, torch.tensor([0.5, 0.5], dtype=f64)).item() == pytest.approx(0.25, abs=1e-15)
+    assert ref.crpo(rejected, chosen, torch.tensor([1.0, 3.0], dtype=f64)).item() == pytest.approx(1.5, abs=1e-15)

@@ -9,8 +9,9 @@ import torch
 
 from ddpo import reference
 from ddpo.config import WeighConfig
+from ddpo.data.groups import read_jsonl, write_jsonl
 from ddpo.data.prepared import Prepared
-from ddpo.deviation import report
+from ddpo.deviation import crpo_weights, report
 from ddpo.encoders import Encoder, style_features
 from ddpo.files import read_json, sha256, write_json
 from ddpo.weigh import weigh
@@ -89,6 +90,83 @@ def test_pairs_only_normalisation_leaves_the_others_out(make_prepared):
     unused = sorted(set(range(10)) - set(data.pairs.ravel().tolist()))
     assert unused == [1, 4, 9]  # without a score, or alone
     assert np.isnan(columns(data)["weight"]).nonzero()[0].tolist() == unused
+
+
+# --- CrPO's weight ----------------------------------------------------------------------------------------
+
+
+def crpo_of(texts_of_group, pairs, scales):
+    """By the reference: pairs of indices of one group; measures are style, and style of every other letter."""
+    e = [style_features([t[::2] for t in texts_of_group]), style_features(texts_of_group)]
+    u = torch.stack([reference.relative_distance(reference.mean_distance(x.double())) for x in e], 1)  # (n, k)
+    return [float(reference.crpo(u[c], u[r], torch.tensor(scales, dtype=torch.float64))) for c, r in pairs]
+
+
+@pytest.fixture
+def two_measures(monkeypatch):
+    encode = {"style": style_features, "semantic": lambda texts: style_features([t[::2] for t in texts])}
+    monkeypatch.setattr(
+        "ddpo.weighing.load_encoder", lambda name, measure, **_: Encoder(measure, f"two-{measure}", encode[measure])
+    )
+    return ("semantic", "style")
+
+
+@pytest.mark.parametrize("scales", [(), (2.0, 0.25)])
+def test_crpo_weighs_by_both_responses(make_prepared, two_measures, scales, capsys):
+    options = {"measures": two_measures, "weighting": "crpo", "crpo_scales": scales}
+    data = make_prepared(UNEVEN, **options)
+    wanted = np.zeros(len(data.pairs))
+    for g, (a, b) in enumerate(itertools.pairwise(data.group_offsets().tolist())):
+        here = data.pair_group == g
+        if here.any():
+            wanted[here] = crpo_of(data.texts(range(a, b)), data.pairs[here] - a, scales or (0.5, 0.5))
+    np.testing.assert_allclose(data.weight, wanted, rtol=1e-4, atol=1e-6)
+    assert (data.weight == 0).any() and data.manifest["summary"]["weights"] == report(torch.tensor(data.weight))
+    deviations = columns(data)
+    weigh(WeighConfig(source=str(data.folder), measures=two_measures))
+    np.testing.assert_equal(columns(Prepared(data.folder)), deviations)  # of responses, whatever weighs the pairs
+    assert np.abs(Prepared(data.folder).weight - wanted).max() > 0.1
+    weigh(WeighConfig(source=str(data.folder), **options))
+    np.testing.assert_array_equal(Prepared(data.folder).weight, data.weight)
+    assert "CrPO's weights: mean" in capsys.readouterr().out
+
+
+def test_crpo_over_responses_in_pairs(make_prepared, two_measures):
+    data = make_prepared(UNEVEN, measures=two_measures, weighting="crpo", normalise_over="pairs")
+    for g, (a, b) in enumerate(itertools.pairwise(data.group_offsets().tolist())):
+        here = data.pair_group == g
+        used = sorted(set(data.pairs[here].ravel().tolist()) & set(range(a, b)))
+        if used:
+            wanted = crpo_of(data.texts(used), np.searchsorted(used, data.pairs[here]), (0.5, 0.5))
+            np.testing.assert_allclose(data.weight[here], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_crpo_of_preference_rows(two_measures, tmp_path):
+    texts = ["The sea was calm.", "No sea here, just sand!", "Waves; more waves...", "SHOUT"]
+    pairs = [(0, 1), (2, 3), (1, 0), (3, 2), (0, 3)]
+    rows = [{"prompt": "p", "chosen": texts[c], "rejected": texts[r]} for c, r in pairs]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    cfg = {"source": str(tmp_path / "rows.jsonl"), "measures": two_measures, "weighting": "crpo"}
+    weigh(WeighConfig(**cfg, out=str(tmp_path / "out.jsonl")))
+    got = [row["weight"] for _, row in read_jsonl(tmp_path / "out.jsonl")]
+    np.testing.assert_allclose(got, crpo_of(texts, pairs, (0.5, 0.5)), rtol=1e-4, atol=1e-6)
+
+
+def test_crpo_weighs_no_responses(two_measures, groups_file, tmp_path):
+    cfg = {"source": str(groups_file), "measures": two_measures, "weighting": "crpo"}
+    with pytest.raises(ValueError, match="CrPO weighs pairs; wanted preference rows or a prepared folder, got groups"):
+        weigh(WeighConfig(**cfg, out=str(tmp_path / "out.jsonl")))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_crpo_wants_a_scale_for_each_measure():
+    with pytest.raises(ValueError, match=r"crpo_scales must be a number of at least 0 for each of the 2 measures, got"):
+        WeighConfig(source="x", weighting="crpo", crpo_scales=(1.0, -1.0))
+    with pytest.raises(ValueError, match="crpo_scales are for weighting 'crpo'"):
+        WeighConfig(source="x", crpo_scales=(1.0, 1.0))
+    u = torch.rand(2, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"crpo_weights: wants a scale for each of 2 measures, got \[1.0\]"):
+        crpo_weights(u, torch.tensor([[0, 1]]), [1.0])
 
 
 # --- weighing again ---------------------------------------------------------------------------------------

@@ -32,6 +32,12 @@ class Weighing(Encoding):
 
     metric: Literal["cosine", "euclidean"] = "cosine"
     """Distance of two embeddings."""
+    weighting: Literal["deviation", "crpo"] = "deviation"
+    """A pair's weight: its chosen response's deviation over the group's mean (DDPO), or CrPO's (arXiv 2505.14442): over
+    the measures, crpo_scales times how much further off the chosen response is than the rejected, where it is; not mean
+    one, and combine and the floors do not enter."""
+    crpo_scales: tuple[float, ...] = ()
+    """CrPO's factor of each of the measures, in their order; none given: one over their number."""
     combine: Literal["geometric", "arithmetic"] = "geometric"
     """Mean over the measures."""
     normalise_over: Literal["all", "pairs"] = "all"
@@ -41,16 +47,33 @@ class Weighing(Encoding):
     release_floor: bool = False
     """Weights are raised to at least 0.2 after normalising."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.min_deviation <= 1:
+            raise ValueError(f"config: min_deviation must lie in [0, 1], got {self.min_deviation}")
+        if self.crpo_scales and self.weighting != "crpo":
+            raise ValueError("config: crpo_scales are for weighting 'crpo'")
+        if self.crpo_scales and (len(self.crpo_scales) != len(self.measures) or min(self.crpo_scales) < 0):
+            raise ValueError(
+                f"config: crpo_scales must be a number of at least 0 for each of the {len(self.measures)} measures, "
+                f"got {list(self.crpo_scales)}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Weighing):
     """Groups of responses in, a prepared folder out: import, filter, pair, weigh.
 
+    The source is read as a stream and cut into parts; a part that is tokenised lies in a hidden folder beside the
+    output until that is whole, and embeddings are kept. So the same command goes on where it was killed. Several
+    processes share the work: torchrun --nproc-per-node 4 -m ddpo prepare ...
+
     Example: ddpo prepare groups.jsonl --out prepared --gap 1
     """
 
     source: str
-    """A .jsonl file, a folder of datasets.save_to_disk, or a data set's name."""
+    """A .jsonl file, a folder of datasets.save_to_disk, or a data set's name (read as a stream). Preference rows are
+    merged by prompt in memory; rows of groups and of r/WritingPrompts are not held."""
     out: str
     """The prepared folder to make."""
     model: str = "smollm2-135m-instruct"
@@ -67,6 +90,11 @@ class PrepareConfig(Weighing):
     """Most pairs of a group under `all`."""
     keep_ties: bool = False
     """Under `all`: pairs of equal scores too (the release)."""
+    max_responses: int | None = None
+    """Most responses of a group. Pairs are made over the whole group and kept, in random order, while the responses
+    they use number at most this; room that is left is filled with others at random."""
+    top_scores: bool = False
+    """Under max_responses keep the pairs of the best-scored chosen first, and of these those of the better rejected."""
     max_length: int = 2048
     """Most tokens of prompt and response together."""
     too_long: Literal["drop", "truncate"] = "drop"
@@ -79,6 +107,20 @@ class PrepareConfig(Weighing):
     """Seed of pairs and hold-out."""
     overwrite: bool = False
     """Replace an existing folder."""
+    resume: bool = False
+    """Where the folder is there and was made of the same data by the same settings: say so and leave it. Other settings
+    are an error. What a killed command left is taken up without this."""
+    dry_run: bool = False
+    """Show the settings and one tokenised sample of the first groups; write nothing and load no encoder."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"config: holdout must lie in [0, 1), got {self.holdout}")
+        if self.max_responses is not None and self.max_responses < 2:
+            raise ValueError(f"config: max_responses must be at least 2, got {self.max_responses}")
+        if self.top_scores and self.max_responses is None:
+            raise ValueError("config: top_scores is of groups that are cut; give max_responses too")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,8 +53,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{path}: the file is empty; wanted one JSON object a line")
 
 
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    with path.open("w", encoding="utf-8") as out:
+def write_jsonl(path: Path, rows: Iterable[dict], append: bool = False) -> None:
+    with path.open("a" if append else "w", encoding="utf-8") as out:
         out.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 

@@ -8,10 +8,11 @@ writing_prompts  r/WritingPrompts posts: post_title, post_text, comment_texts[],
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ddpo.data.groups import Group, Prompt, Response, check_prompt, check_score, check_text, parse_group, read_jsonl
+from ddpo.files import hash_of_all
 
 KEYS = {  # format -> the keys that tell it
     "groups": ("prompt", "responses"),
@@ -92,6 +93,33 @@ def rows_of(source, split: str) -> Iterator[tuple[str, dict]]:
         data = datasets.load_dataset(source, split=split, streaming=True)
     for i, row in enumerate(data):
         yield f"{path.name}[{i}]", row
+
+
+def identity(source: str, split: str) -> str:
+    """What changes when a source's content does: the hash of its files; of a named data set its repository's commit."""
+    path = Path(source)
+    if path.exists():
+        return hash_of_all(path) if path.is_file() else f"{split} {hash_of_all(path)}"
+    if path.suffix in (".jsonl", ".json"):
+        raise FileNotFoundError(f"{source}: there is no such file")
+    import datasets
+
+    builder = datasets.load_dataset_builder(source)
+    files = (builder.config.data_files or {}).get(split)
+    return f"{source} {split} {files.origin_metadata if files else builder.hash}"
+
+
+def windows(items: Iterable, size: Callable, most: int) -> Iterator[list]:
+    """The items in lists, each closed by the item that brings its total size to `most`."""
+    window, total = [], 0
+    for item in items:
+        window.append(item)
+        total += size(item)
+        if total >= most:
+            yield window
+            window, total = [], 0
+    if window:
+        yield window
 
 
 # --- preference rows --------------------------------------------------------------------------------------

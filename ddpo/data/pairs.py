@@ -1,4 +1,5 @@
-"""Which responses of a group become (chosen, rejected): three rules, seeded, pure functions of the scores.
+"""Which responses of a group become (chosen, rejected): three rules, seeded, pure functions of the scores; and which
+stay where a group is too large.
 
 Scores may hold None: such a response is in no pair. Two identical texts are never a pair.
 """
@@ -67,6 +68,27 @@ def divpo_pairs(
     rng.shuffle(rejected)
     zipped = zip(chosen, rejected, strict=True)
     return [(c, r) for c, r in zipped if scores[c] > scores[r] and texts[c] != texts[r]]
+
+
+def at_most(
+    pairs: Pairs, scores: Sequence[float | None], most: int, rng: np.random.Generator, top_scores: bool = False
+) -> tuple[Pairs, list[int]]:
+    """The pairs and the responses, in order, that are left of a group cut to `most` responses.
+
+    A pair is kept where the responses in use, with its own, number at most `most`: in random order, or with top_scores
+    by the chosen's score and then by the rejected's, best first. Room that is left goes to others at random.
+    """
+    order = [pairs[i] for i in rng.permutation(len(pairs))]
+    if top_scores:
+        order.sort(key=lambda pair: [-np.inf if scores[i] is None else scores[i] for i in pair], reverse=True)
+    used, kept = set(), set()
+    for pair in order:
+        if len(used.union(pair)) <= most:
+            used.update(pair)
+            kept.add(pair)
+    others = [i for i in range(len(scores)) if i not in used]
+    used.update(rng.permutation(others)[: max(0, most - len(used))].tolist() if others else [])
+    return [pair for pair in pairs if pair in kept], sorted(used)
 
 
 def _unequal(scores, texts):

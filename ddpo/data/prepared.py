@@ -5,8 +5,9 @@
     pairs      group, chosen, rejected (rows of responses), weight          one row a pair
     deviation  distance_<measure>..., deviation, weight                     one row a response
 
-manifest.json holds settings, summary, and name and hash of each file. Weighing again writes new `pairs` and
-`deviation` files and then the manifest, in one rename: a reader finds the old weighting or the new, whole.
+Each file is a stream of record batches. manifest.json holds settings, summary, and name and hash of each file. Weighing
+again writes new `pairs` and `deviation` files and then the manifest, in one rename: a reader finds the old weighting or
+the new, whole.
 """
 
 import hashlib
@@ -23,15 +24,22 @@ from ddpo.files import read_json, sha256, sync, write_json
 FORMAT = 1
 
 
-def write(folder: Path, groups: list[Group], tokens: list, pairs: list, weighting: dict, manifest: dict) -> None:
-    """Fills an empty folder. tokens: (prompt_ids, [ids of each response]) of each group; pairs: (P, 3) rows of
-    group, chosen, rejected; weighting: see `weigh`."""
-    files = {
-        "groups": _groups_table(groups, tokens),
-        "responses": _responses_table(groups, tokens),
-    }
-    names = {name: _write_table(folder, name, table) for name, table in files.items()}
-    _write_manifest(folder, manifest, names, _weighting_tables(np.array(pairs, np.int64).reshape(-1, 3), weighting))
+class Writer:
+    """Fills an empty folder: groups and responses part by part, then pairs, weights and the manifest."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._files = {"groups": _File(folder, "groups"), "responses": _File(folder, "responses")}
+
+    def add(self, groups: pa.Table, responses: pa.Table) -> None:
+        """Tables as of groups_table and responses_table; the responses' group counts over the whole folder."""
+        self._files["groups"].write(groups)
+        self._files["responses"].write(responses)
+
+    def finish(self, pairs: np.ndarray, weighting: dict, manifest: dict) -> None:
+        """pairs (P, 3): group, chosen, rejected, rows of the whole folder; weighting: see `weigh`."""
+        names = {name: file.close() for name, file in self._files.items()}
+        _write_manifest(self._folder, manifest, names, _weighting_tables(pairs, weighting))
 
 
 def weigh(folder: Path, weighting: dict, manifest: dict) -> None:
@@ -50,31 +58,32 @@ def weigh(folder: Path, weighting: dict, manifest: dict) -> None:
             table.unlink()
 
 
-def _json(value):
-    return json.dumps(value, ensure_ascii=False, default=str)  # a data set's rows may hold dates
-
-
-def _groups_table(groups, tokens):
+def groups_table(groups: list[Group], prompt_ids: list[np.ndarray]) -> pa.Table:
     return pa.table(
         {
-            "prompt": [_json(g.prompt) for g in groups],
-            "prompt_ids": pa.array([ids for ids, _ in tokens], pa.large_list(pa.int32())),
-            "extra": [_json(g.extra) for g in groups],
+            "prompt": pa.array([_json(g.prompt) for g in groups], pa.string()),
+            "prompt_ids": pa.array(prompt_ids, pa.large_list(pa.int32())),
+            "extra": pa.array([_json(g.extra) for g in groups], pa.string()),
         }
     )
 
 
-def _responses_table(groups, tokens):
+def responses_table(groups: list[Group], ids: list[list[np.ndarray]]) -> pa.Table:
+    """ids: of each response of each group."""
     rows = [(g, r) for g, group in enumerate(groups) for r in group.responses]
     return pa.table(
         {
             "group": pa.array([g for g, _ in rows], pa.int64()),
             "text": pa.array([r.text for _, r in rows], pa.large_string()),
             "score": pa.array([r.score for _, r in rows], pa.float64()),
-            "ids": pa.array([ids for _, responses in tokens for ids in responses], pa.large_list(pa.int32())),
-            "extra": [_json(r.extra) for _, r in rows],
+            "ids": pa.array([row for group in ids for row in group], pa.large_list(pa.int32())),
+            "extra": pa.array([_json(r.extra) for _, r in rows], pa.string()),
         }
     )
+
+
+def _json(value):
+    return json.dumps(value, ensure_ascii=False, default=str)  # a data set's rows may hold dates
 
 
 def _weighting_tables(pairs, weighting):
@@ -85,15 +94,33 @@ def _weighting_tables(pairs, weighting):
     }
 
 
+class _File:
+    """A table written batch by batch; close gives its entry in the manifest."""
+
+    def __init__(self, folder, name):
+        self._folder, self._name, self._writer, self._rows = folder, name, None, 0
+        self._draft = folder / f".{name}.arrow"
+        self._sink = pa.OSFile(str(self._draft), "wb")
+
+    def write(self, table):
+        self._writer = self._writer or pa.ipc.new_stream(self._sink, table.schema)
+        self._writer.write_table(table)
+        self._rows += table.num_rows
+
+    def close(self):
+        self._writer.close()
+        self._sink.close()
+        sync(self._draft)
+        digest = sha256(self._draft)
+        path = f"{self._name}-{digest[:12]}.arrow"
+        self._draft.replace(self._folder / path)
+        return {"path": path, "sha256": digest, "rows": self._rows}
+
+
 def _write_table(folder, name, table):
-    draft = folder / f".{name}.arrow"
-    with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    sync(draft)
-    digest = sha256(draft)
-    path = f"{name}-{digest[:12]}.arrow"
-    draft.replace(folder / path)
-    return {"path": path, "sha256": digest, "rows": table.num_rows}
+    file = _File(folder, name)
+    file.write(table)
+    return file.close()
 
 
 def _write_manifest(folder, manifest, names, tables):
@@ -148,7 +175,10 @@ class Prepared:
         return self._ids[response]
 
     def texts(self, responses: Sequence[int] | None = None) -> list[str]:
+        """Of these responses, or of all. A range is cut out, others are copied together."""
         column = self.responses["text"]
+        if isinstance(responses, range) and responses.step == 1:
+            return column.slice(responses.start, len(responses)).to_pylist()
         return (column if responses is None else column.take(pa.array(responses))).to_pylist()
 
     def group_offsets(self) -> np.ndarray:
@@ -157,17 +187,19 @@ class Prepared:
 
 
 class _Ragged:
-    """Rows of unequal length over one flat array."""
+    """Rows of unequal length over the flat arrays of a column's chunks, none of them copied."""
 
     def __init__(self, column: pa.ChunkedArray):
-        array = column.combine_chunks()
-        if isinstance(array, pa.ChunkedArray):
-            array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
-        self._offsets, self._values = array.offsets.to_numpy(), array.values.to_numpy()
-        self.lengths = np.diff(self._offsets)
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
+        self._values = [chunk.values.to_numpy() for chunk in chunks]
+        self._starts = np.cumsum([0, *map(len, chunks)])  # first row of each chunk
+        self.lengths = np.concatenate([np.diff(o) for o in self._offsets] or [np.empty(0, np.int64)])
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return self._values[self._offsets[row] : self._offsets[row + 1]]
+        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+        start, end = self._offsets[chunk][row - self._starts[chunk] :][:2]
+        return self._values[chunk][start:end]
 
 
 def _numpy(column) -> np.ndarray:

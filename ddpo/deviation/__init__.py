@@ -13,16 +13,18 @@ Spec: ddpo.reference. Source: arXiv 2503.17126, section 3.
 from ddpo.deviation.distance import mean_distance, pick_backend
 from ddpo.deviation.nearest import nearest_distance
 from ddpo.deviation.sets import distinct_k, diversity, log_det, vendi_score
-from ddpo.deviation.weights import Weights, report, weights
+from ddpo.deviation.weights import Weights, crpo_weights, relative_distances, report, weights
 
 __all__ = [
     "Weights",
+    "crpo_weights",
     "distinct_k",
     "diversity",
     "log_det",
     "mean_distance",
     "nearest_distance",
     "pick_backend",
+    "relative_distances",
     "report",
     "vendi_score",
     "weights",

@@ -1,6 +1,6 @@
 """From distances to deviations and weights, all groups at a time. Spec: ddpo.reference."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,21 +40,12 @@ def weights(
     Returns: Weights.
     Raises: ValueError for no measure, unequal lengths, values that are not finite or options out of range.
     """
-    if not distances:
-        raise ValueError("weights: wants the distances of at least one measure, got none")
     if combine not in ("geometric", "arithmetic"):
         raise ValueError(f"weights: combine must be 'geometric' or 'arithmetic', got {combine!r}")
     if not 0 <= min_deviation <= 1:
         raise ValueError(f"weights: min_deviation must lie in [0, 1], got {min_deviation}")
-    n = len(next(iter(distances.values())))
-    groups = check_groups("weights", groups, n).to(next(iter(distances.values())).device)
-    size, row_group = sizes(groups)
-    relative = []
-    for name, d in distances.items():
-        if d.shape != (n,) or not torch.isfinite(d).all():
-            raise ValueError(f"weights: distances[{name!r}] must be finite (n,) = ({n},), got {tuple(d.shape)}")
-        relative.append(_relative(d.double(), row_group, len(size)))
-    u = torch.stack(relative)  # (k, n)
+    u = relative_distances(distances, groups)  # (k, n)
+    size, row_group = sizes(check_groups("weights", groups, u.shape[1]).to(u.device))
     g = u.log().mean(0).exp() if combine == "geometric" else u.mean(0)
     g = g.clamp(min=min_deviation)
     low, high = _extremes(g, row_group, len(size))
@@ -63,6 +54,39 @@ def weights(
     if release_floor:
         w = w.clamp(min=0.2)
     return Weights(g, w, report(w))
+
+
+def relative_distances(distances: Mapping[str, Tensor], groups: Tensor | None = None) -> Tensor:
+    """u_i = (d_i - min d) / (max d - min d) in each group, (k, n) float64 of k measures; see weights."""
+    if not distances:
+        raise ValueError("weights: wants the distances of at least one measure, got none")
+    n = len(next(iter(distances.values())))
+    groups = check_groups("weights", groups, n).to(next(iter(distances.values())).device)
+    size, row_group = sizes(groups)
+    relative = []
+    for name, d in distances.items():
+        if d.shape != (n,) or not torch.isfinite(d).all():
+            raise ValueError(f"weights: distances[{name!r}] must be finite (n,) = ({n},), got {tuple(d.shape)}")
+        relative.append(_relative(d.double(), row_group, len(size)))
+    return torch.stack(relative)
+
+
+def crpo_weights(relative: Tensor, pairs: Tensor, scales: Sequence[float] = ()) -> Tensor:
+    """CrPO's weight of each pair: c = sum over the k measures of scale * max(0, u_chosen - u_rejected). Not mean one.
+
+    Args:
+        relative: (k, n) of relative_distances.
+        pairs: (P, 2) int64 columns of it: chosen, rejected.
+        scales: one for each measure; none: 1/k each.
+    Returns: (P,) float64, at least 0.
+    Raises: ValueError where the scales are not as many as the measures.
+    Source: arXiv 2505.14442.
+    """
+    if scales and len(scales) != len(relative):
+        raise ValueError(f"crpo_weights: wants a scale for each of {len(relative)} measures, got {list(scales)}")
+    scale = relative.new_tensor(list(scales) or [1 / len(relative)] * len(relative))  # (k,)
+    chosen, rejected = pairs.T
+    return scale @ (relative[:, chosen] - relative[:, rejected]).clamp(min=0)
 
 
 def _relative(d, row_group, num_groups):

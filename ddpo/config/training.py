@@ -101,7 +101,7 @@ class TrainConfig(Checked):
     max_steps: int | None = None
     """Stop after this many steps; the schedule of the learning rate is cut to it."""
     resume: bool = False
-    """Go on from the run folder's last whole checkpoint; a run that has not begun is begun."""
+    """Go on from the run folder's last whole checkpoint; a run that has not begun is begun, a finished one is left."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ class Ledger:
         rank, _ = distributed.start()
         self._out, self._key = out, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.done = self._read()
+        if self.done:
+            log.console.print(f"{out}: {len(self.done)} results of a run that was stopped are taken up")
         distributed.barrier()  # all have read before one writes
         out.parent.mkdir(parents=True, exist_ok=True)
         path = out.with_name(f".{out.name}.{rank}.part")

@@ -1,5 +1,7 @@
 """Sampling: right tokens by right probabilities, the same draws in any batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ from conftest import STORIES, tiny_model, tiny_tokenizer, write_groups
 from ddpo.config import GenerateConfig
 from ddpo.data.groups import read_jsonl
 from ddpo.data.tokens import ChatTokens
+from ddpo.files import read_json
 from ddpo.generate import Draw, generate, sample
+from ddpo.ledger import Ledger
 
 PROMPTS = [prompt for prompt, _ in STORIES] + ["A much longer prompt, so that the others are padded beside it."]
 
@@ -74,3 +78,53 @@ def test_a_row_does_not_stop_while_it_is_blank():
     for row in zip(*drawn, strict=True):
         assert 257 in row and letter in row and row.index(letter) < row.index(257)
         assert set(row[: row.index(letter)]) <= {newline}
+
+
+def files_config(tmp_path, model_folder, **changes):
+    prompts = write_groups(tmp_path / "prompts.jsonl")
+    usual = {"prompts": str(prompts), "out": str(tmp_path / "out.jsonl"), "model": model_folder, "dtype": "float64"}
+    return config(**{**usual, **changes})
+
+
+def test_goes_on_after_a_kill(model_folder, tmp_path, monkeypatch, capsys):
+    """Of 12 samples the first batches' are taken up, the text is that of a run that was not stopped; a finished file
+    is kept, and one made from something else is not taken for it."""
+    straight = files_config(tmp_path, model_folder, out=str(tmp_path / "straight.jsonl"))
+    generate(straight)
+    stopped = files_config(tmp_path, model_folder, batch_size=5)
+    batches, add = [], Ledger.add
+
+    def killed_in_the_third(self, results):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(len(results))
+        add(self, results)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "add", killed_in_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            generate(stopped)
+    assert batches == [5, 5] and not (tmp_path / "out.jsonl").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "add", lambda self, results: (batches.append(len(results)), add(self, results)))
+        generate(replace(stopped, batch_size=64))
+    assert batches == [5, 5, 2]
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+    assert sorted(p.name for p in tmp_path.glob("*out*")) == ["out.card.json", "out.jsonl"]  # nothing left over
+
+    made_from = read_json(tmp_path / "out.card.json")["made_from"]
+    assert made_from["num_samples"] == 3 and made_from["weights"]["adapter"] == "None"
+    generate(replace(stopped, resume=True))
+    assert batches == [5, 5, 2] and "is there, made from the same" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=r"made from something else \(\['seed'\]\)"):
+        generate(replace(stopped, resume=True, seed=1))
+
+
+def test_temperatures(model_folder, tmp_path):
+    """A file for each; each is what a run of that temperature alone writes."""
+    out = generate(files_config(tmp_path, model_folder, temperatures=(0.5, 2.0), max_new_tokens=6))
+    assert [p.name for p in out] == ["out-t0.5.jsonl", "out-t2.jsonl"]
+    generate(files_config(tmp_path, model_folder, temperature=2.0, max_new_tokens=6, out=str(tmp_path / "hot.jsonl")))
+    assert (tmp_path / "hot.jsonl").read_bytes() == out[1].read_bytes() != out[0].read_bytes()
+    with pytest.raises(ValueError, match="temperatures must be greater than 0, got -1"):
+        config(temperatures=(1.0, -1.0))

@@ -16,8 +16,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(SETUP)
 	$(BIN)/ddpo demo
 
+# a process a core, a thread each: most tests are Python's own time
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
 
 bench: $(SETUP)
 	$(BIN)/pip install -q liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 matplotlib

@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddpo import distributed, log, metrics
-from ddpo.config import EvaluateConfig
+from ddpo.annotate import annotate
+from ddpo.config import AnnotateConfig, EvaluateConfig
 from ddpo.data.groups import Group, check_same_prompts, labels, read_groups_file
 from ddpo.files import write_json
 from ddpo.measuring import DEFINITIONS, Measurer, has_everywhere, quality_of
@@ -61,12 +62,14 @@ def evaluate(cfg: EvaluateConfig) -> dict:
         show(result)
         if cfg.out:
             log.console.print(f"numbers: {cfg.out}")
+    if cfg.export_annotation and distributed.is_first():
+        with log.quiet(cfg.json):
+            annotate(AnnotateConfig(responses=cfg.files, out=cfg.export_annotation, seed=cfg.seed))
     return result
 
 
 def _evaluate(cfg: EvaluateConfig) -> dict:
-    paths = [*([cfg.before] if cfg.before else []), *cfg.responses]
-    sets = dict(zip(labels(paths), map(read_groups_file, paths), strict=True))
+    sets = dict(zip(labels(cfg.files), map(read_groups_file, cfg.files), strict=True))
     names, groups = list(sets), [g for part in sets.values() for g in part]
     for other in names[1:]:
         check_same_prompts(sets[names[0]], sets[other], f"{names[0]} and {other}")

@@ -11,7 +11,8 @@ from conftest import STORIES, write_groups
 from rich.console import Console
 
 from ddpo import cli, deviation
-from ddpo.config import EvaluateConfig, Measuring
+from ddpo.annotate import annotate
+from ddpo.config import AnnotateConfig, EvaluateConfig, Measuring
 from ddpo.data.groups import labels, parse_group, read_groups_file
 from ddpo.encoders import style_features
 from ddpo.evaluate import MEASURES, evaluate, table
@@ -201,3 +202,19 @@ def test_cut_responses_have_no_end_of_turn(model_folder, tmp_path):
     compared = evaluate(EvaluateConfig(responses=path, before=path, text_measures=False, **STYLE))
     (difference,) = compared["differences"].values()
     assert difference["style_diversity"] is None and difference["num_words"]["p"] == 1
+
+
+def test_sets_for_people(files, tmp_path):
+    """--export-annotation: the same folder that `ddpo annotate` makes; of two files alone."""
+    cfg = EvaluateConfig(
+        responses=files["after"],
+        before=files["before"],
+        export_annotation=str(tmp_path / "sets"),
+        text_measures=False,
+        **STYLE,
+    )
+    evaluate(cfg)
+    annotate(AnnotateConfig(responses=cfg.files, out=str(tmp_path / "own")))
+    assert (tmp_path / "sets/sets.csv").read_bytes() == (tmp_path / "own/sets.csv").read_bytes()
+    with pytest.raises(ValueError, match="--export-annotation wants two files"):
+        EvaluateConfig(responses=files["after"], export_annotation="sets")

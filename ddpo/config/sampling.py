@@ -95,6 +95,9 @@ class EvaluateConfig(Measuring):
     """JSONL of the same prompts' responses, the baseline that each other file is compared with."""
     out: str | None = None
     """JSON file for the numbers, per prompt and averaged; an older one is replaced."""
+    export_annotation: str | None = None
+    """Folder to make with blinded sets of two files' responses for people to compare: `ddpo annotate` by its
+    defaults."""
     json: bool = False
     """Print the numbers as JSON instead of a table."""
 
@@ -102,6 +105,13 @@ class EvaluateConfig(Measuring):
         super().__post_init__()
         if isinstance(self.responses, str):  # one file, named from Python
             object.__setattr__(self, "responses", (self.responses,))
+        if self.export_annotation and len(self.files) != 2:
+            raise ValueError(f"evaluate: --export-annotation wants two files to compare, got {list(self.files)}")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files of responses, the baseline first."""
+        return (*((self.before,) if self.before else ()), *self.responses)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from ddpo.data.groups import Group
 from ddpo.data.importers import read_groups
 from ddpo.data.pairs import all_pairs
 from ddpo.files import new_file, read_json, write_json
+from ddpo.layers import speed_up
 from ddpo.loading import add_lora, find_model, load_classifier, load_tokenizer, save_model
 from ddpo.reward_model import Reader, RewardModel, Target, describe, padded
 from ddpo.run import begin_run, check_run
@@ -41,6 +42,7 @@ def reward(cfg: RewardConfig) -> Path:
     torch.manual_seed(cfg.seed)  # the head of a new classifier is drawn
     model = load_classifier(find_model(cfg.model), None, "float32", torch.device("cpu"), fresh=True)
     model = add_lora(model, cfg.lora_r, cfg.lora_alpha, 0.0, cfg.lora_targets, cfg.seed, task="SEQ_CLS")
+    speed_up(model)
     trainer = Judge(
         model=model,
         args=_arguments(cfg, run),
@@ -95,24 +97,25 @@ def all_scores(groups: list[Group]) -> np.ndarray:
 
 
 def examples(groups: list[Group], read: Reader, target: Target | None, cfg: RewardConfig) -> list[dict]:
-    """Of l1: a response's ids and its target; of bradley-terry: the ids of a pair, better first."""
+    """Of l1: a response's input_ids and its target; of bradley-terry: those of the better one of a pair and of the
+    worse."""
     found = []
     for g, group in enumerate(groups):
         ids, scores = read(group), [r.score for r in group.responses]
         if target:
-            found += [{"ids": [i], "label": t} for i, t in zip(ids, target(np.array(scores)), strict=True)]
+            found += [{"input_ids": i, "label": t} for i, t in zip(ids, target(np.array(scores)), strict=True)]
         else:
             texts, rng = [r.text for r in group.responses], np.random.default_rng([cfg.seed, 0, g])
-            found += [{"ids": [ids[c], ids[r]]} for c, r in all_pairs(scores, texts, cfg.max_pairs, rng)]
+            pairs = all_pairs(scores, texts, cfg.max_pairs, rng)
+            found += [{"input_ids": ids[better], "worse": ids[worse]} for better, worse in pairs]
     if not found:
         raise ValueError(f"{cfg.source}: no prompt has two responses of unequal scores; bradley-terry learns of those")
     return found
 
 
 def collate(batch: list[dict], pad: int) -> dict[str, torch.Tensor]:
-    """All first ids, then all second ones where there are any; label (B,) of l1."""
-    columns = zip(*(example["ids"] for example in batch), strict=True)
-    out = padded([ids for column in columns for ids in column], pad)
+    """input_ids and attention_mask of all, then of the worse where there are any; label (B,) of l1."""
+    out = padded([e[name] for name in ("input_ids", "worse") for e in batch if name in e], pad)
     return out | ({"label": torch.tensor([e["label"] for e in batch])} if "label" in batch[0] else {})
 
 
@@ -158,6 +161,7 @@ def _arguments(cfg: RewardConfig, run: Path) -> TrainingArguments:
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,
+        train_sampling_strategy="group_by_length",
         load_best_model_at_end=True,
         metric_for_best_model="loss",
         prediction_loss_only=True,

@@ -99,12 +99,17 @@ def load_model(name: str, adapter: str | None, dtype: str, device: torch.device)
 def load_classifier(name: str, adapter: str | None, dtype: str, device: torch.device, fresh: bool = False):
     """A sequence classifier of one output in evaluation mode, the adapter (if any) merged into its weights.
 
-    fresh: over the body of any model, the output's weights drawn anew.
+    fresh: over the body of any model, the output's weights 0: drawn at random they would first have to be unlearned.
     Raises: ValueError for a model that is no classifier of one output.
     """
     folder = find_model(name)
     options = {"num_labels": 1} if fresh or adapter else {}
+    told = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # of an output that is not among the body's weights
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=pick_dtype(dtype, device), **options)
+    transformers_logging.set_verbosity(told)
+    if fresh:
+        nn.init.zeros_(model.score.weight)
     if model.config.num_labels != 1:
         raise ValueError(
             f"{name} is no reward model: its classifier has {model.config.num_labels} outputs, wanted 1; train one "

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ddpo import distributed, log
 from ddpo.config import RewardConfig
@@ -39,7 +39,6 @@ def reward(cfg: RewardConfig) -> Path:
     tokenizer = load_tokenizer(find_model(cfg.model))
     read = Reader(tokenizer, cfg.max_length)
     target = Target.fit(cfg.target, all_scores(train_groups)) if cfg.loss == "l1" else None
-    torch.manual_seed(cfg.seed)  # the head of a new classifier is drawn
     model = load_classifier(find_model(cfg.model), None, "float32", torch.device("cpu"), fresh=True)
     model = add_lora(model, cfg.lora_r, cfg.lora_alpha, 0.0, cfg.lora_targets, cfg.seed, task="SEQ_CLS")
     speed_up(model)
@@ -51,6 +50,7 @@ def reward(cfg: RewardConfig) -> Path:
         data_collator=lambda batch: collate(batch, model.config.pad_token_id),
         callbacks=[EarlyStoppingCallback(1), Tell()],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(run))
     model = trainer.model.eval()
     found = evaluate(RewardModel(model, read, str(run))(eval_groups), eval_groups, target)

@@ -53,7 +53,7 @@ def source(path: Path, responses: int, words: int) -> None:
 def static_encoder(folder: Path) -> str:
     """A word's vector is random; a text's is the mean of its words'."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import StaticEmbedding
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     known = sorted({word for _, texts in states.stories()[1] for text in texts for word in text.split()})

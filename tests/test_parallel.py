@@ -44,12 +44,11 @@ def finished(process):
 
 def agree(one, two):
     assert relative(weights_of(one), weights_of(two)) < 1e-9
-    kept = [
-        [{k: v for k, v in m.items() if k in ("step", "num_pairs", "pairs_forwarded")} for m in metrics(c)]
-        for c in (one, two)
-    ]
+    counts = ("step", "num_pairs", "pairs_forwarded", "num_groups", "groups_forwarded")
+    kept = [[{k: v for k, v in m.items() if k in counts} for m in metrics(c)] for c in (one, two)]
     assert kept[0] == kept[1]
-    for name in ("loss", "grad_norm", "rewards/margins"):
+    of_items = "rewards/score_covariance" if one.method == "gvpo" else "rewards/margins"
+    for name in ("loss", "grad_norm", of_items):
         assert [m.get(name) for m in metrics(two)] == pytest.approx(
             [m.get(name) for m in metrics(one)], rel=1e-8, abs=1e-12
         )

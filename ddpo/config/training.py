@@ -119,6 +119,9 @@ class TrainConfig(Checked):
     """Stop after this many steps; the schedule of the learning rate is cut to it."""
     resume: bool = False
     """Go on from the run folder's last whole checkpoint; a run that has not begun is begun."""
+    dry_run: bool = False
+    """Load settings, data and tokenizer, print the steps, one tokenised sample and the plan (see `ddpo plan`), and stop
+    there: no weights are loaded and nothing is written."""
 
     def __post_init__(self):
         super().__post_init__()

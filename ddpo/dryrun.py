@@ -21,7 +21,7 @@ HEAD, TAIL = 24, 12  # tokens of a text that are shown
 
 def dry_run(cfg: TrainConfig, world: int) -> None:
     """Prints the settings, the steps, one tokenised item and the plan for this machine, for a run of `world` processes.
-    Writes nothing and loads no weights.
+    Loads no weights and makes no run folder.
 
     Raises: ValueError where training would, for settings, data, tokenizer and the model's config.
     """

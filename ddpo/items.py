@@ -28,8 +28,8 @@ class Items:
 
     def responses(self, items: np.ndarray) -> np.ndarray:
         """The responses of these items, item after item."""
-        start, size = self.offsets[items], self.sizes(items)
-        shift = start - np.cumsum([0, *size[:-1]])[: len(size)]
+        size = self.sizes(items)
+        shift = self.offsets[items] - (np.cumsum(size) - size)  # from a place in the result to one in members
         return self.members[np.repeat(shift, size) + np.arange(size.sum())]
 
     def sizes(self, items: np.ndarray) -> np.ndarray:

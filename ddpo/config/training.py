@@ -121,7 +121,7 @@ class TrainConfig(Checked):
     """Go on from the run folder's last whole checkpoint; a run that has not begun is begun."""
     dry_run: bool = False
     """Load settings, data and tokenizer, print the steps, one tokenised sample and the plan (see `ddpo plan`), and stop
-    there: no weights are loaded and nothing is written."""
+    there: no weights are loaded and no run folder is made."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,15 +1,143 @@
-"""From a batch's log-probs to the chosen method's losses and metrics (TRL's names)."""
+"""From a batch's log-probs to the chosen method's losses and metrics (TRL's names).
 
+A method is a row of METHODS: what its loss is a mean over, whether it needs a reference policy, whether pairs are
+weighted, the default of beta, and a function from Inputs to its losses. A new loss is a function in ddpo.losses, one
+here, and a row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ddpo import losses
 from ddpo.config import TrainConfig
 from ddpo.data.batches import Batch
+from ddpo.ops import sequence_sum
 
-BETA = {"dpo": 0.1, "ddpo": 0.1, "orpo": 0.25, "dorpo": 0.25}
+
+class Totals(NamedTuple):
+    """Of the whole optimiser step: all micro-batches, all processes, pairs of weight 0 included."""
+
+    num_items: int  # pairs, or responses (SFT), or groups (GVPO)
+    num_tokens: int  # of the chosen (SFT: of all)
+    mean_weight: float  # of the pairs; of other items 1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a loss may use."""
+
+    cfg: TrainConfig
+    beta: float
+    totals: Totals
+    batch: Batch
+    logp: Tensor  # (k, S) nats: responses, then their prompts where those are scored
+    ref_logp: Tensor | None  # (S,) nats
+    weight: Tensor  # (I,)
+
+    @property
+    def sequence(self) -> Tensor:
+        """(S,) nats: the responses' log-probs."""
+        return self.logp[0]
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """(S,) tokens of the responses."""
+        return self.batch.num_tokens[0]
+
+
+class Found(NamedTuple):
+    values: Tensor  # the loss of each item, before a weight stands outside of it
+    rewards: Tensor | None  # (S,) what the method takes a response's reward to be; None: no pairs, no metrics of pairs
+    metrics: dict[str, Tensor]  # further ones, a value per item each
+
+
+@dataclass(frozen=True)
+class Method:
+    loss: Callable[[Inputs], Found]
+    item: str = "pair"  # what a step's loss is the mean over: pair, group or response (there: over their tokens)
+    needs_reference: bool = False
+    weighted: bool = False  # whether pairs are weighted without being asked to
+    beta: float = 0.1
+    metrics: tuple[str, ...] = ()  # of Found
+
+
+# --- methods ----------------------------------------------------------------------------------------------
+
+
+def _sft(x: Inputs) -> Found:
+    return Found(losses.sft(x.sequence), None, {})
+
+
+def _dpo(x: Inputs) -> Found:
+    options = {"beta": x.beta, "label_smoothing": x.cfg.label_smoothing}
+    values = losses.dpo(x.sequence, x.ref_logp, x.batch.pairs, **options)
+    return Found(values, x.beta * (x.sequence - x.ref_logp), {})
+
+
+def _spl(x: Inputs) -> Found:
+    values = losses.spl(x.sequence, x.ref_logp, x.batch.pairs, alpha=x.cfg.alpha, beta=x.beta)
+    return Found(values, x.cfg.alpha * x.sequence - x.beta * x.ref_logp, {})
+
+
+def _ipo(x: Inputs) -> Found:
+    num_tokens = x.num_tokens if x.cfg.ipo_logp == "mean" else None
+    values = losses.ipo(x.sequence, x.ref_logp, x.batch.pairs, beta=x.beta, num_tokens=num_tokens)
+    return Found(values, x.beta * (x.sequence - x.ref_logp), {})
+
+
+def _simpo(x: Inputs) -> Found:
+    values = losses.simpo(x.sequence, x.num_tokens, x.batch.pairs, beta=x.beta, gamma=x.cfg.gamma)
+    return Found(values, x.beta * x.sequence / x.num_tokens, {})
+
+
+def _orpo(x: Inputs) -> Found:
+    given = (x.sequence, x.num_tokens, x.batch.pairs)
+    nll = {}
+    if x.cfg.nll_tokens == "all":
+        nll = {"nll_logp": x.logp.sum(0), "nll_num_tokens": x.batch.num_tokens.sum(0)}
+    if x.cfg.nll_mean == "tokens":
+        nll["tokens_per_pair"] = x.totals.num_tokens / x.totals.num_items
+    if is_weighted(x.cfg) and not weight_is_a_factor(x.cfg):
+        inside = {"dorpo_weight": "inside", "mean_weight": x.totals.mean_weight}
+        values = losses.dorpo(*given, x.weight, beta=x.beta, **inside, **nll)
+    else:
+        values = losses.orpo(*given, beta=x.beta, **nll)
+    log_odds = losses.log_odds(*given)
+    metrics = {
+        "nll_loss": losses.nll(*given),
+        "log_odds_chosen": log_odds,
+        "log_odds_ratio": F.logsigmoid(log_odds),
+    }
+    return Found(values, x.beta * x.sequence / x.num_tokens, metrics)
+
+
+def _gvpo(x: Inputs) -> Found:
+    members, groups = x.batch.members, x.batch.offsets
+    logp, ref_logp = x.sequence[members], x.ref_logp[members]  # (M,) group after group
+    scores, size = x.batch.scores.to(logp.dtype), groups.diff()
+    values = losses.gvpo(logp, ref_logp, scores, groups, beta=x.beta, norm=x.cfg.gvpo_norm)
+    r, s = (losses.centred(v, groups) for v in (x.beta * (logp - ref_logp), scores))
+    metrics = {"rewards/variance": r * r, "rewards/score_covariance": r * s, "score_variance": s * s}
+    return Found(values, None, {name: sequence_sum(v.detach(), groups) / size for name, v in metrics.items()})
+
+
+_ORPO = ("nll_loss", "log_odds_chosen", "log_odds_ratio")
+_GVPO = ("rewards/variance", "rewards/score_covariance", "score_variance")
+METHODS = {
+    "sft": Method(_sft, item="response"),
+    "dpo": Method(_dpo, needs_reference=True),
+    "ddpo": Method(_dpo, needs_reference=True, weighted=True),
+    "orpo": Method(_orpo, beta=0.25, metrics=_ORPO),
+    "dorpo": Method(_orpo, weighted=True, beta=0.25, metrics=_ORPO),
+    "spl": Method(_spl, needs_reference=True),
+    "ipo": Method(_ipo, needs_reference=True),
+    "simpo": Method(_simpo, beta=2.0),
+    "gvpo": Method(_gvpo, item="group", needs_reference=True, metrics=_GVPO),
+}
 PAIR_METRICS = (
     "logps/chosen",
     "logps/rejected",
@@ -19,73 +147,69 @@ PAIR_METRICS = (
     "rewards/accuracies",
     "weight",
 )
-ORPO_METRICS = (*PAIR_METRICS, "nll_loss", "log_odds_chosen", "log_odds_ratio")
-METRICS = {"sft": (), "dpo": PAIR_METRICS, "ddpo": PAIR_METRICS, "orpo": ORPO_METRICS, "dorpo": ORPO_METRICS}
 
 
-class Totals(NamedTuple):
-    """Of the whole optimiser step: all micro-batches, all processes, pairs of weight 0 included."""
-
-    num_pairs: int  # SFT: 0
-    num_tokens: int  # of the chosen (SFT: of all)
-    mean_weight: float  # of the pairs (SFT: 1)
+# --- what the settings come to ----------------------------------------------------------------------------
 
 
-def needs_reference(method: str) -> bool:
-    return method in ("dpo", "ddpo")
+def metric_names(cfg: TrainConfig) -> tuple[str, ...]:
+    method = METHODS[cfg.method]
+    return method.metrics + PAIR_METRICS * (method.item == "pair")
 
 
-def weight_zero_is_zero(cfg: TrainConfig) -> bool:
-    """Whether a pair of weight 0 has loss and gradient exactly 0."""
-    return cfg.method == "ddpo" or (cfg.method == "dorpo" and cfg.dorpo_weight == "outside")
+def is_weighted(cfg: TrainConfig) -> bool:
+    return METHODS[cfg.method].item == "pair" and (METHODS[cfg.method].weighted or cfg.weighted)
+
+
+def weight_is_a_factor(cfg: TrainConfig) -> bool:
+    """Whether a pair's loss is its weight times another loss: one of weight 0 has loss and gradient exactly 0."""
+    inside = cfg.method in ("orpo", "dorpo") and cfg.dorpo_weight == "inside"
+    return is_weighted(cfg) and not inside
+
+
+def scores_prompts(cfg: TrainConfig) -> bool:
+    """Whether the prompts' tokens enter the loss too."""
+    return cfg.method in ("orpo", "dorpo") and cfg.nll_tokens == "all"
+
+
+# --- a batch ----------------------------------------------------------------------------------------------
 
 
 def objective(
     cfg: TrainConfig, logp: Tensor, batch: Batch, ref_logp: Tensor | None, totals: Totals
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The batch's share of the step's loss (a scalar: shares add up over batches and processes), and metrics, a value
-    per pair each.
+    per item each.
 
     logp (k, S or more): responses, then prompts; ref_logp (S,) or None.
     """
-    logp = logp[:, : len(batch.responses)]  # (k, S)
-    sequence, num_tokens = logp[0], batch.num_tokens[0]  # (S,)
-    if cfg.method == "sft":
-        return losses.sft(sequence).sum() / totals.num_tokens, {}
-    pairs, weight = batch.pairs, batch.weight.to(logp.dtype)
-    beta = BETA[cfg.method] if cfg.beta is None else cfg.beta
-    chosen, rejected = pairs.unbind(1)
-    metrics = {"logps/chosen": sequence[chosen], "logps/rejected": sequence[rejected]}
-    if needs_reference(cfg.method):
-        ref_logp = ref_logp.to(logp.dtype)
-        values = losses.dpo(sequence, ref_logp, pairs, beta=beta)
-        if cfg.method == "ddpo":
-            values = weight * values
-        rewards = beta * (sequence - ref_logp)
-    else:
-        nll = {}
-        if cfg.nll_tokens == "all":
-            nll = {"nll_logp": logp.sum(0), "nll_num_tokens": batch.num_tokens.sum(0)}
-        if cfg.nll_mean == "tokens":
-            nll["tokens_per_pair"] = totals.num_tokens / totals.num_pairs
-        if cfg.method == "orpo":
-            values = losses.orpo(sequence, num_tokens, pairs, beta=beta, **nll)
-        else:
-            inside = {"dorpo_weight": cfg.dorpo_weight, "mean_weight": totals.mean_weight}
-            values = losses.dorpo(sequence, num_tokens, pairs, weight, beta=beta, **inside, **nll)
-        log_odds = losses.log_odds(sequence, num_tokens, pairs)
-        rewards = beta * sequence / num_tokens
-        metrics |= {
-            "nll_loss": losses.nll(sequence, num_tokens, pairs),
-            "log_odds_chosen": log_odds,
-            "log_odds_ratio": torch.nn.functional.logsigmoid(log_odds),
-        }
+    method = METHODS[cfg.method]
+    x = Inputs(
+        cfg=cfg,
+        beta=method.beta if cfg.beta is None else cfg.beta,
+        totals=totals,
+        batch=batch,
+        logp=logp[:, : len(batch.responses)],
+        ref_logp=None if ref_logp is None else ref_logp.to(logp.dtype),
+        weight=batch.weight.to(logp.dtype),
+    )
+    found = method.loss(x)
+    values = x.weight * found.values if weight_is_a_factor(cfg) else found.values
+    metrics = found.metrics | (_pair_metrics(x, found.rewards) if method.item == "pair" else {})
+    num = totals.num_tokens if method.item == "response" else totals.num_items
+    return values.sum() / num, {name: value.detach() for name, value in metrics.items()}
+
+
+def _pair_metrics(x: Inputs, rewards: Tensor) -> dict[str, Tensor]:
+    chosen, rejected = x.batch.pairs.unbind(1)
     margin = rewards[chosen] - rewards[rejected]
-    metrics |= {
-        "rewards/chosen": rewards[chosen],
-        "rewards/rejected": rewards[rejected],
-        "rewards/margins": margin,
-        "rewards/accuracies": (margin > 0).to(margin.dtype),
-        "weight": weight,
-    }
-    return values.sum() / totals.num_pairs, {name: value.detach() for name, value in metrics.items()}
+    values = (
+        x.sequence[chosen],
+        x.sequence[rejected],
+        rewards[chosen],
+        rewards[rejected],
+        margin,
+        (margin > 0).to(margin.dtype),
+        x.weight,
+    )
+    return dict(zip(PAIR_METRICS, values, strict=True))

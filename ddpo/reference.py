@@ -91,6 +91,28 @@ def ddpo(lp_c, lp_r, ref_c, ref_r, w, beta=0.1):
     return w * dpo(lp_c, lp_r, ref_c, ref_r, beta)
 
 
+def cdpo(lp_c, lp_r, ref_c, ref_r, beta=0.1, label_smoothing=0.0):
+    """-(1-e) log sigmoid(beta * margin) - e log sigmoid(-beta * margin): conservative DPO, labels of which a share e is
+    wrong. Mitchell 2023, "A note on DPO with noisy preferences", eq. 3 (ericmitchell.ai/cdpo.pdf)."""
+    h = beta * ((lp_c - ref_c) - (lp_r - ref_r))
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+
+
+def spl(lp_c, lp_r, ref_c, ref_r, alpha, beta=0.1):
+    """-log sigmoid(alpha (lp_c - lp_r) - beta (ref_c - ref_r)). Soft preference learning, arXiv 2511.08594."""
+    return -F.logsigmoid(alpha * (lp_c - lp_r) - beta * (ref_c - ref_r))
+
+
+def ipo(lp_c, lp_r, ref_c, ref_r, beta=0.1):
+    """(margin - 1/(2 beta))^2. arXiv 2310.12036, eq. 17 (its tau is beta here). TRL has means per token for lp, ref."""
+    return ((lp_c - ref_c) - (lp_r - ref_r) - 1 / (2 * beta)) ** 2
+
+
+def simpo(lm_c, lm_r, beta=2.0, gamma=1.0):
+    """-log sigmoid(beta (lm_c - lm_r) - gamma). arXiv 2405.14734, eq. 6."""
+    return -F.logsigmoid(beta * lm_c - beta * lm_r - gamma)
+
+
 def log_odds(lm_c, lm_r):
     """(lm_c - lm_r) - (log1mexp(lm_c) - log1mexp(lm_r)), each lm clamped to at most -2^-24."""
     lm_c, lm_r = lm_c.clamp(max=-(2.0**-24)), lm_r.clamp(max=-(2.0**-24))
@@ -115,6 +137,14 @@ def dorpo_release(lm_c, lm_r, w, nll_batch, beta=0.25):
 def sft(lp, num_tokens):
     """Negative log-likelihood per token over the whole step: -sum lp / sum num_tokens."""
     return -lp.sum() / num_tokens.sum()
+
+
+def gvpo(lp, ref, scores, beta=0.1, norm="1"):
+    """1/2 sum over one group of ((R_i - mean R) - (S_i - mean S))^2, R_i = beta (lp_i - ref_i); (n,) -> scalar.
+    arXiv 2504.19599; norm 'n-1' divides by that, as the authors' code does."""
+    r = beta * (lp - ref)
+    value = ((r - r.mean()) - (scores - scores.mean())).square().sum() / 2
+    return value if norm == "1" else value / (len(lp) - 1)
 
 
 # --- distance, deviation, weight: one group of n responses -----------------------------------------------

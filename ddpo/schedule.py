@@ -6,41 +6,35 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from ddpo.config import TrainConfig
 from ddpo.data.batches import Batch, consecutive, filler, first_fit, pack, share_out
 from ddpo.data.prepared import Prepared
-from ddpo.objective import Totals, weight_zero_is_zero
+from ddpo.items import items_of
+from ddpo.objective import METHODS, Totals, scores_prompts, weight_is_a_factor
 
 MOST_TOKENS = 4096  # of a pack, where the settings name no number
 
 
 class Schedule:
-    """Items are pairs, or responses under SFT. num_steps; totals(step); batches(step, rank, world).
+    """Deals the items of `pool` (pairs; responses under SFT, groups under GVPO) to num_steps steps: items(step),
+    totals(step), batches(step, rank, world).
 
-    Pairs that share a response, directly or through others, are one component: they stay in one step and one process,
+    Items that share a response, directly or through others, are one component: they stay in one step and one process,
     so that each response passes the model once an epoch. A step takes components, in an order drawn anew each epoch,
-    while they hold at most batch_size items; a larger component is a step of its own.
+    while they hold at most batch_size items; a larger component is a step of its own. (A response by itself and a group
+    share nothing with others: each is a component.)
     """
 
     def __init__(self, data: Prepared, cfg: TrainConfig, least_tokens: int = MOST_TOKENS):
         """least_tokens: micro_tokens where the settings name none and every component fits into it. Raises ValueError
         where the folder has no item for the method."""
         self.data, self.cfg = data, cfg
-        self.sft = cfg.method == "sft"
-        # (items, 1) or (items, 2) responses
-        self._members = np.arange(len(data.responses))[:, None] if self.sft else data.pairs
-        if not len(self._members):
-            raise ValueError(
-                f"{data.folder} has no pairs for method {cfg.method!r}: scores equal or missing in every group? "
-                "Prepare with another rule (--pairs all), or use --method sft"
-            )
-        skips = weight_zero_is_zero(cfg) and not cfg.forward_zero_weight
-        self._forwarded = data.weight != 0 if skips else np.ones(len(self._members), bool)
+        self.pool = items_of(data, METHODS[cfg.method].item)
+        skips = weight_is_a_factor(cfg) and not cfg.forward_zero_weight
+        self._forwarded = self.pool.weight != 0 if skips else np.ones(len(self.pool), bool)
         self._length = data.num_prompt_tokens + data.num_tokens - 1  # (R,) tokens that pass the model
-        self._items, self._offsets, component = _components(self._members, len(data.responses))
+        self._items, self._offsets, component = self.pool.components(len(data.responses))
         used = self.forwarded_responses()
         largest = int(np.bincount(component[used], self._length[used]).max(initial=0))  # tokens of a component
         self.micro_tokens = cfg.micro_tokens or min(MOST_TOKENS, max(least_tokens, largest))
@@ -65,7 +59,7 @@ class Schedule:
 
     def forwarded_responses(self) -> np.ndarray:
         """The responses that pass the model, sorted."""
-        return np.unique(self._members[self._forwarded])
+        return np.unique(self.pool.responses(np.flatnonzero(self._forwarded)))
 
     def items(self, step: int) -> np.ndarray:
         """The step's items over all processes."""
@@ -73,17 +67,17 @@ class Schedule:
 
     def describe(self, step: int) -> dict[str, list]:
         """Which groups and responses (rows of the prepared folder) the step holds, item by item."""
-        members = self._members[self.items(step)]
-        return {"groups": self.data.response_group[members[:, 0]].tolist(), "responses": members.tolist()}
+        items = self.items(step)
+        members = [self.pool.responses(items[i : i + 1]).tolist() for i in range(len(items))]
+        return {"groups": self.data.response_group[self.pool.first[items]].tolist(), "responses": members}
 
     def totals(self, step: int) -> Totals:
         items = self.items(step)
-        counted = self._members[items, 0]
+        counted = self.pool.first[items]
         tokens = self.data.num_tokens[counted]
-        if self.cfg.nll_tokens == "all" and not self.sft:
+        if scores_prompts(self.cfg):
             tokens = tokens + self.data.num_prompt_tokens[counted] - 1  # the first token is not predicted
-        mean_weight = 1.0 if self.sft else float(self.data.weight[items].mean())
-        return Totals(0 if self.sft else len(items), int(tokens.sum()), mean_weight)
+        return Totals(len(items), int(tokens.sum()), float(self.pool.weight[items].mean()))
 
     def batches(self, step: int, rank: int = 0, world: int = 1) -> list[Batch]:
         """This process's share of the step; items that cannot matter are left out.
@@ -93,7 +87,7 @@ class Schedule:
         """
         components = [items[self._forwarded[items]] for items in map(self._component, self._step_components(step))]
         components = [items for items in components if len(items)]
-        responses = [np.unique(self._members[items]) for items in components]
+        responses = [np.unique(self.pool.responses(items)) for items in components]
         tokens = [int(self._length[r].sum()) for r in responses]
         plans = []  # of each process: of each batch: its components
         for share in share_out(tokens, world):
@@ -114,19 +108,21 @@ class Schedule:
         return [together[i] for i in first_fit(self._length[together].tolist(), self.micro_tokens)]
 
     def _batch(self, items: list[np.ndarray], packs: list[np.ndarray], num_packs: int) -> Batch:
-        with_prompts = self.cfg.method in ("orpo", "dorpo") and self.cfg.nll_tokens == "all"
+        with_prompts = scores_prompts(self.cfg)
         none = np.empty(0, np.int64)
         responses, items = (np.concatenate([none, *parts]) for parts in (packs, items))
-        place = {r: s for s, r in enumerate(responses.tolist())}
-        pairs = none if self.sft else [[place[c], place[r]] for c, r in self.data.pairs[items].tolist()]
+        members = self.pool.responses(items)
+        by_number = np.argsort(responses)  # of the folder's: where each member stands in the batch
         num_tokens = [self.data.num_tokens[responses], self.data.num_prompt_tokens[responses] - 1]
         made = [pack(self.data, part, with_prompts) for part in packs]
         return Batch(
             packs=made + [filler(with_prompts)] * (num_packs - len(made)),
             responses=torch.from_numpy(responses),
             num_tokens=torch.from_numpy(np.stack(num_tokens[: 1 + with_prompts])),
-            pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
-            weight=torch.from_numpy(none.astype(float) if self.sft else self.data.weight[items]),
+            members=torch.from_numpy(by_number[np.searchsorted(responses, members, sorter=by_number)]),
+            offsets=torch.from_numpy(np.cumsum([0, *self.pool.sizes(items)])),
+            weight=torch.from_numpy(self.pool.weight[items]),
+            scores=torch.from_numpy(self.data.scores[members]),
             num_inputs=int(self._length[responses].sum()),
         )
 
@@ -145,16 +141,6 @@ class Schedule:
         """The epoch's order of the components, and the offsets of its steps in it."""
         order = np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self._offsets) - 1)
         return order, consecutive(np.diff(self._offsets)[order], self.cfg.batch_size)
-
-
-def _components(members: np.ndarray, num_responses: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Items sorted by the connected component of their responses, the components' offsets among them, and each
-    response's component."""
-    edges = coo_array((np.ones(len(members), bool), (members[:, 0], members[:, -1])), shape=(num_responses,) * 2)
-    _, component = connected_components(edges, directed=False)
-    items = np.argsort(component[members[:, 0]], kind="stable")
-    changes = np.flatnonzero(np.diff(component[members[items, 0]])) + 1
-    return items, np.concatenate([[0], changes, [len(items)]]), component
 
 
 def lr_at(step: int, num_steps: int, cfg: TrainConfig) -> float:

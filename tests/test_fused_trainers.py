@@ -92,6 +92,15 @@ def trl_self(**more):
     return SimpleNamespace(**{**fixed, **more})
 
 
+def dpo_self(loss_type, label_smoothing):
+    return trl_self(
+        **{"ld_alpha": None, "precompute_ref_logps": True, "f_divergence_type": "reverse_kl", "beta": 0.1},
+        **{"loss_types": [loss_type], "loss_weights": [1.0], "label_smoothing": label_smoothing},
+        **{"use_weighting": False, "_metrics": defaultdict(lambda: defaultdict(list))},
+        **{"_total_train_tokens": 0, "_tp_size": 1, "args": SimpleNamespace(discopop_tau=0.05)},
+    )
+
+
 @need("trl")
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "nca_pair", "robust", "apo_down"])
 def test_ddpo_is_trls_dpo(loss_type):
@@ -108,17 +117,11 @@ def test_ddpo_is_trls_dpo(loss_type):
             token = token.where(labels[:, 1:] != -100, 0.0)
             return SimpleNamespace(log_probs=token, entropy=zero, mean_logits=zero, is_top1=zero.bool())
 
-        trainer = trl_self(
-            **{"ld_alpha": None, "precompute_ref_logps": True, "f_divergence_type": "reverse_kl", "beta": 0.1},
-            **{"loss_types": [loss_type], "loss_weights": [1.0], "label_smoothing": smoothing},
-            **{"use_weighting": False, "_metrics": defaultdict(lambda: defaultdict(list))},
-            **{"_total_train_tokens": 0, "_tp_size": 1, "args": SimpleNamespace(discopop_tau=0.05)},
-        )
         ids, mask = (F.pad(t, (1, 0)) for t in (x.tokens, x.mask.long()))
         chosen, rejected = ref_logp.chunk(2)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
         inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-        return DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False), ()
+        return DPOTrainer._compute_loss(dpo_self(loss_type, smoothing), model, inputs, return_outputs=False), ()
 
     chosen, rejected = ref_logp.chunk(2)
     ours = FusedLinearDDPOLoss(loss_type=loss_type, label_smoothing=smoothing)

@@ -29,13 +29,14 @@ FLOORS = [  # a file imports its own floor or lower
             "ledger",
             "reward_model",
             "weighing",
+            "items",
             "likelihood",
             "measuring",
         ),
     },
     {
         *("train", "generate", "evaluate", "annotate", "winrate", "prepare", "weigh", "tune", "plan"),
-        *("reward", "score"),
+        *("reward", "score", "dryrun"),
     },
     {"demo", "cli", "__main__"},
 ]

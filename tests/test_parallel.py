@@ -44,12 +44,11 @@ def finished(process):
 
 def agree(one, two):
     assert relative(weights_of(one), weights_of(two)) < 1e-9
-    kept = [
-        [{k: v for k, v in m.items() if k in ("step", "num_pairs", "pairs_forwarded")} for m in metrics(c)]
-        for c in (one, two)
-    ]
+    counts = ("step", "num_pairs", "pairs_forwarded", "num_groups", "groups_forwarded")
+    kept = [[{k: v for k, v in m.items() if k in counts} for m in metrics(c)] for c in (one, two)]
     assert kept[0] == kept[1]
-    for name in ("loss", "grad_norm", "rewards/margins"):
+    of_items = "rewards/score_covariance" if one.method == "gvpo" else "rewards/margins"
+    for name in ("loss", "grad_norm", of_items):
         assert [m.get(name) for m in metrics(two)] == pytest.approx(
             [m.get(name) for m in metrics(one)], rel=1e-8, abs=1e-12
         )
@@ -72,8 +71,9 @@ def untied_folder(tmp_path_factory):
         {"batch_size": 20, "lora": False},  # tied, trained head
         {"batch_size": 20, "lora": False, "untied": True, "method": "dorpo"},
         {"batch_size": 20, "activation_checkpointing": True},
+        {"batch_size": 1, "micro_tokens": 60, "method": "gvpo"},
     ],
-    ids=["frozen head", "no group for a rank", "tied head", "untied head", "activation checkpointing"],
+    ids=["frozen head", "no group for a rank", "tied head", "untied head", "activation checkpointing", "group loss"],
 )
 def test_two_ranks_equal_one(config, untied_folder, parallel, changes):
     """Relative L2 of the final adapter (or model) at most 1e-9, in float64."""

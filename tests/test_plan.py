@@ -192,6 +192,16 @@ def test_of_a_folder(config, prepared_folder):
     assert found["step"]["again"] == 0 and plan(replace(cfg, micro_tokens=50))["step"]["again"] > 0
 
 
+def test_of_a_group_loss(config, prepared_folder):
+    """Items are groups: of the folder's, or as many responses as assumed."""
+    cfg = PlanConfig(**vars(config(method="gvpo", batch_size=2)), flops=1e9)
+    schedule = Schedule(Prepared(prepared_folder), cfg)
+    tokens = [sum(b.num_inputs for b in schedule.batches(step)) for step in range(schedule.num_steps)]
+    assert len(tokens) == 2 and plan(cfg)["step"]["tokens"] == pytest.approx(sum(tokens) / len(tokens))
+    assumed = plan(replace(cfg, data=None, tokens_per_prompt=5, tokens_per_response=20, responses_per_group=3))["step"]
+    assert assumed["tokens"] == 2 * 3 * 24 and assumed["rows"] == 2 * 3 * 20
+
+
 def test_most_tokens(config, monkeypatch):
     """The pack it calls the largest fits, one token more does not."""
     cfg = PlanConfig(**{**vars(config(batch_size=10_000)), "data": None}, gpus=2, gpu_memory=2.0)

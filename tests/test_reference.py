@@ -51,6 +51,22 @@ def test_losses_by_hand():
     assert ref.sft(torch.tensor([-3.0, -5.0]), torch.tensor([2, 2])).item() == 2.0
 
 
+def test_neighbours_by_hand():
+    """Of margin 1.5, h = 0.15: log-probs -10 and -12, the reference's -11 and -11.5."""
+    c, r, *_ = given = [torch.tensor(v, dtype=f64) for v in (-10.0, -12.0, -11.0, -11.5)]
+    right, wrong = math.log1p(math.exp(-0.15)), math.log1p(math.exp(0.15))
+    assert ref.cdpo(*given, label_smoothing=0.2).item() == pytest.approx(0.8 * right + 0.2 * wrong, abs=1e-14)
+    assert ref.spl(*given, alpha=0.3).item() == pytest.approx(math.log1p(math.exp(-(0.3 * 2 - 0.05))), abs=1e-14)
+    assert ref.ipo(*given).item() == pytest.approx((1.5 - 5) ** 2, abs=1e-13)
+    simpo = ref.simpo(c / 20, r / 30, beta=2.5, gamma=0.3)  # means -0.5 and -0.4
+    assert simpo.item() == pytest.approx(math.log1p(math.exp(0.25 + 0.3)), abs=1e-14)
+    ratio, scores = torch.tensor([1.0, 2.0, 6.0], dtype=f64), torch.tensor([0.0, 0.0, 3.0], dtype=f64)
+    value = ref.gvpo(ratio - 7, torch.full((3,), -7.0, dtype=f64), scores, beta=0.5)
+    assert value.item() == pytest.approx(0.5 * (0**2 + 0.5**2 + 0.5**2), abs=1e-14)  # R: -1 -.5 1.5; S: -1 -1 2
+    half = ref.gvpo(ratio, torch.zeros(3, dtype=f64), scores, 0.5, "n-1")
+    assert half.item() == pytest.approx(value.item() / 2, abs=1e-14)
+
+
 def test_losses_gradcheck():
     values = [torch.tensor([v], dtype=f64, requires_grad=True) for v in (-1.0, -1.4, -1.1, -1.2)]
     w = torch.tensor([1.3], dtype=f64)

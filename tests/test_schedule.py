@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import metrics, relative, weights_of
+from conftest import STORIES, metrics, relative, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpo import train
 from ddpo.data.batches import consecutive, first_fit, share_out
-from ddpo.schedule import Schedule, _components
+from ddpo.items import Items
+from ddpo.schedule import Schedule
 from ddpo.train import train as run_training
 
 sizes = st.lists(st.integers(1, 30), max_size=40)
@@ -41,7 +42,7 @@ def test_shares_are_nearly_equal(sizes, n):
 
 def test_components():
     pairs = np.array([[0, 1], [4, 5], [1, 2], [7, 8], [5, 4], [9, 8]])
-    items, offsets, component = _components(pairs, 10)
+    items, offsets, component = Items(pairs.ravel(), 2 * np.arange(7), np.ones(6)).components(10)
     assert component[0] == component[2] != component[4] == component[5] and component[7] == component[9]
     found = {frozenset(items[a:b].tolist()) for a, b in itertools.pairwise(offsets)}
     assert found == {frozenset({0, 2}), frozenset({1, 4}), frozenset({3, 5})}
@@ -76,6 +77,36 @@ def test_every_response_passes_once_an_epoch(config, make_prepared, rule):
         ] * (len(data.pairs) % 4 > 0)
 
 
+def test_groups_are_items(config, make_prepared):
+    """Under GVPO: every prompt with two scores or more once an epoch, all its scored responses in one batch, the others
+    in none."""
+    groups = [*STORIES, ("Alone.", [("One.", 1)]), ("Two, one rated.", [("A b.", 1), ("C d.", None), ("E f.", 3)])]
+    groups += [("None rated.", [("G h.", None), ("I j.", None)])]
+    data = make_prepared(groups)
+    cfg = config(data=str(data.folder), method="gvpo", batch_size=2, epochs=2, micro_tokens=60)
+    schedule = Schedule(data, cfg)
+    assert schedule.num_steps == 2 * 3 and [schedule.totals(i).num_items for i in range(3)] == [2, 2, 1]
+    for epoch in range(2):
+        seen = []
+        for step in range(3 * epoch, 3 * epoch + 3):
+            for batch in schedule.batches(step, 0, 2) + schedule.batches(step, 1, 2):
+                for a, b in itertools.pairwise(batch.offsets.tolist()):
+                    responses = batch.responses[batch.members[a:b]].numpy()
+                    assert data.scores[responses].tolist() == batch.scores[a:b].tolist()
+                    seen.append(tuple(responses.tolist()))
+                assert sorted(batch.members.tolist()) == list(range(len(batch.responses)))
+        assert sorted(seen) == [tuple(range(4 * g, 4 * g + 4)) for g in range(4)] + [(17, 19)]
+    assert schedule.describe(0)["groups"] == [int(data.response_group[r[0]]) for r in schedule.describe(0)["responses"]]
+
+
+def test_no_groups_to_learn_from(config, make_prepared):
+    data = make_prepared([("A.", [("B c.", 1), ("D e.", None)]), ("F.", [("G h.", 2)])])
+    with pytest.raises(ValueError, match="has no groups to learn from: no prompt has two responses with a score"):
+        Schedule(data, config(data=str(data.folder), method="gvpo"))
+    with pytest.raises(ValueError, match="has no pairs to learn from: scores equal or missing"):
+        Schedule(data, config(data=str(data.folder)))
+
+
 def gradients(cfg):
     state = train.setup(cfg, 0, 1, Path(cfg.out))
     state.optimizer.zero_grad = lambda set_to_none: None  # keep the gradients to look at
@@ -94,6 +125,7 @@ def gradients(cfg):
         {"method": "dorpo", "nll_tokens": "all", "nll_mean": "tokens"},
         {"method": "ddpo", "lora": False},
         {"method": "sft"},
+        {"method": "gvpo"},
     ],
     ids=str,
 )

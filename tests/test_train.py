@@ -68,12 +68,29 @@ def test_four_micro_batches_of_two_equal_one_of_eight(config, tmp_path, model_fo
     assert relative(*grads) < 1e-9 and relative(*runs) < 1e-9
 
 
-@pytest.mark.parametrize("method", ["ddpo", "dorpo"])
+def test_methods_that_are_another_by_their_settings(config):
+    """Weighted DPO is DDPO, smoothing nothing DPO, both bit for bit; SPL with alpha = beta is DPO."""
+    ddpo, weighted, dpo, spl = (
+        config(epochs=2, batch_size=4, **changes)
+        for changes in (
+            {"method": "ddpo", "label_smoothing": 0.1},
+            {"method": "dpo", "label_smoothing": 0.1, "weighted": True},
+            {"method": "dpo", "beta": 0.2},
+            {"method": "spl", "beta": 0.2, "alpha": 0.2},
+        )
+    )
+    for cfg in (ddpo, weighted, dpo, spl):
+        run_training(cfg)
+    assert same_bits(weights_of(ddpo), weights_of(weighted)) and not same_bits(weights_of(ddpo), weights_of(dpo))
+    assert relative(weights_of(spl), weights_of(dpo)) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["ddpo", "dorpo", "simpo"])
 def test_pairs_of_weight_zero_may_be_left_out(config, make_prepared, method):
     """Their forward changes metrics, never the adapter; a step with none but zeros is a step all the same."""
     data = make_prepared(pairs="gap")
     assert (data.weight == 0).any()
-    shared = {"data": str(data.folder), "method": method, "batch_size": 1}
+    shared = {"data": str(data.folder), "method": method, "weighted": True, "batch_size": 1}
     runs = [config(**shared, forward_zero_weight=f) for f in (False, True)]
     for cfg in runs:
         run_training(cfg)
@@ -95,6 +112,12 @@ def test_pairs_of_weight_zero_may_be_left_out(config, make_prepared, method):
         {"method": "dorpo", "dorpo_weight": "inside"},
         {"method": "ddpo", "lora": False},
         {"method": "sft", "lora": False},
+        {"method": "ddpo", "label_smoothing": 0.1},
+        {"method": "spl", "alpha": 0.3},
+        {"method": "ipo", "weighted": True},
+        {"method": "ipo", "ipo_logp": "mean"},
+        {"method": "simpo"},
+        {"method": "gvpo", "gvpo_norm": "n-1"},
     ],
     ids=lambda c: "-".join(map(str, c.values())),
 )
@@ -105,7 +128,7 @@ def test_methods_learn(config, changes):
     steps = sum(m["epoch"] <= 1 for m in metrics(cfg))
     assert np.mean(losses[-steps:]) < np.mean(losses[:steps])
     assert not any(m["skipped"] for m in metrics(cfg))
-    if changes["method"] != "sft":
+    if changes["method"] not in ("sft", "gvpo"):
         assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"} <= set(
             metrics(cfg)[0]
         )

@@ -23,7 +23,7 @@ FOLDS = 3
 MOST_RESPONSES, MOST_RATINGS = 24, 100  # of a prompt: for the policies, for the reward model
 NUM_SAMPLES, NEW_TOKENS = 16, 32
 SFT = {"lr": 5e-4, "epochs": 3, "batch_size": 16}
-PREFERENCE = {"lr": 5e-4, "max_steps": 84, "epochs": 100, "batch_size": 8, "warmup_steps": 5}
+PREFERENCE = {"lr": 5e-4, "max_steps": 84, "epochs": 50, "batch_size": 8, "warmup_steps": 5}
 REWARD = {"target": "linear", "lr": 3e-4, "epochs": 3, "batch_size": 16}
 HOT = 1.3  # temperature of the baseline that raises diversity without training
 
@@ -119,7 +119,11 @@ def prepare_all(here: Path, fold: int) -> None:
 def train_config(here: Path, run: str, fold: int) -> TrainConfig:
     """All preference runs take the same number of steps; held-out pairs are measured before and after."""
     method = METHODS[run]
-    settings = SFT if method.method == "sft" else {**PREFERENCE, "eval_data": str(here / "heldout"), "eval_every": 0}
+    settings = (
+        SFT
+        if method.method == "sft"
+        else {**PREFERENCE, "eval_data": str(here / "heldout"), "eval_every": PREFERENCE["max_steps"]}
+    )
     return TrainConfig(
         data=str(here / method.data),
         out=str(here / "runs" / run),

@@ -5,9 +5,9 @@ class Checked:
     """Numbers that only make sense above zero are checked wherever a config is made."""
 
     _POSITIVE = (
-        "max_pairs max_length epochs batch_size micro_tokens lr beta lora_r lora_alpha eval_every keep_checkpoints "
-        "max_steps num_samples num_responses num_prompts rouge_pairs rows max_new_tokens temperature top_p "
-        "repetition_penalty gpu_memory flops efficiency tokens_per_prompt tokens_per_response"
+        "max_pairs max_length epochs batch_size micro_tokens lr beta alpha lora_r lora_alpha eval_every "
+        "keep_checkpoints max_steps num_samples num_responses num_prompts rouge_pairs rows max_new_tokens temperature "
+        "top_p repetition_penalty gpu_memory flops efficiency tokens_per_prompt tokens_per_response responses_per_group"
     ).split()
 
     def __post_init__(self):

@@ -8,7 +8,7 @@ from ddpo.config.checked import Checked
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Checked):
-    """Trains a policy on a prepared folder: SFT, DPO, DDPO, ORPO or DORPO.
+    """Trains a policy on a prepared folder: SFT, DPO, DDPO, ORPO, DORPO and their neighbours.
 
     Example: ddpo train prepared --out runs/ddpo --method ddpo --lr 2e-5 --epochs 3
     """
@@ -21,10 +21,26 @@ class TrainConfig(Checked):
     """Policy to start from: a folder, a hub name or 'smollm2-135m-instruct'."""
     adapter: str | None = None
     """LoRA adapter to go on from (an SFT run's): the reference policy holds it, the adapter written includes it."""
-    method: Literal["sft", "dpo", "ddpo", "orpo", "dorpo"] = "ddpo"
-    """The loss."""
+    method: Literal["sft", "dpo", "ddpo", "orpo", "dorpo", "spl", "ipo", "simpo", "gvpo"] = "ddpo"
+    """The loss. SFT learns from all responses, GVPO from all scored responses of a prompt together, all others from
+    pairs."""
+    weighted: bool = False
+    """Multiply a pair's loss by its weight under any method of pairs, as DDPO does DPO's and DORPO ORPO's."""
     beta: float | None = None
-    """Strength: of DPO's pull to the reference (default 0.1), or ORPO's odds-ratio term (default 0.25)."""
+    """Strength: of the pull to the reference (default 0.1; IPO's tau; of its cross-entropy half under SPL), of ORPO's
+    odds-ratio term (0.25), or of SimPO's rewards (2, as its paper on base models)."""
+    label_smoothing: float = 0.0
+    """DPO, DDPO: share of labels taken to be wrong, under 0.5; above 0 it is conservative DPO."""
+    alpha: float | None = None
+    """SPL: strength of the entropy half of the pull to the reference. More is more diverse, beta is DPO; it has no
+    default."""
+    gamma: float = 1.0
+    """SimPO: margin that the chosen response's reward should have (its paper on Llama-3-Base; 0.3 to 1.6 elsewhere)."""
+    ipo_logp: Literal["sum", "mean"] = "sum"
+    """IPO: log-probs summed over a response (paper), or the mean per token (TRL)."""
+    gvpo_norm: Literal["1", "n-1"] = "1"
+    """GVPO: what the sum over a group's n responses is divided by: 1 (paper) or n - 1 (its code). Scores are taken as
+    they are, in units of beta times nats."""
     nll_mean: Literal["pair", "tokens"] = "pair"
     """ORPO's likelihood term: mean over pairs of token means (paper), or mean over the step's tokens (TRL, release)."""
     nll_tokens: Literal["response", "all"] = "response"
@@ -32,14 +48,15 @@ class TrainConfig(Checked):
     dorpo_weight: Literal["outside", "inside"] = "outside"
     """DORPO's weight: outside (paper: w * ORPO) or inside the sigmoid (release)."""
     epochs: int = 1
-    """Passes over the pairs (SFT: over the responses)."""
+    """Passes over the pairs (SFT: responses, GVPO: groups)."""
     batch_size: int = 8
-    """Most pairs (SFT: responses) of an optimiser step, over all processes. Pairs that share responses stay together:
-    where more than this hang together (--pairs all), they are a step."""
+    """Most pairs (SFT: responses, GVPO: groups) of an optimiser step, over all processes; its loss is their mean (SFT:
+    their tokens'). Pairs that share responses stay together: where more than this hang together (--pairs all), they are
+    a step."""
     micro_tokens: int | None = None
     """Most packed tokens held at once; a step's batch is split to fit and its gradients are summed. Pairs that hang
-    together and do not fit go in two passes: log-probs first, then forward and backward part by part. Default: 4096;
-    on a CPU, where larger packs gain no time, what those pairs need, between 1024 and 4096."""
+    together, or a group, that do not fit go in two passes: log-probs first, then forward and backward part by part.
+    Default: 4096; on a CPU, where larger packs gain no time, what those need, between 1024 and 4096."""
     forward_zero_weight: bool = False
     """Forward pairs of weight 0 too (their gradient is zero either way): slower, metrics over all pairs."""
     lr: float = 5e-6
@@ -102,6 +119,18 @@ class TrainConfig(Checked):
     """Stop after this many steps; the schedule of the learning rate is cut to it."""
     resume: bool = False
     """Go on from the run folder's last whole checkpoint; a run that has not begun is begun, a finished one is left."""
+    dry_run: bool = False
+    """Load settings, data and tokenizer, print the steps, one tokenised sample and the plan (see `ddpo plan`), and stop
+    there: no weights are loaded and no run folder is made."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"config: label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.gamma < 0:
+            raise ValueError(f"config: gamma must be at least 0, got {self.gamma}")
+        if self.method == "spl" and self.alpha is None:
+            raise ValueError("config: method spl needs alpha, above beta for more diversity (equal to it, it is DPO)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +161,8 @@ class PlanConfig(TrainConfig):
     """Without a prepared folder: tokens of a prompt with its chat template."""
     tokens_per_response: int = 512
     """Without a prepared folder: tokens of a response."""
+    responses_per_group: int = 4
+    """Without a prepared folder: responses of a prompt, under GVPO."""
     json: bool = False
     """Print one JSON object instead of the table."""
 

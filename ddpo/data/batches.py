@@ -1,7 +1,8 @@
 """How responses become packs, which pass the model at once, and packs a batch, which a loss needs together.
 
 A pack holds unique responses one after another, without padding: each passes the model once, however many pairs use
-it. Letters: T packed tokens, S sequences, N completion rows, P pairs, k kinds of segments (1, with prompts 2).
+it. Letters: T packed tokens, S sequences, N completion rows, I items (P pairs, or groups, or responses), M members of
+items, k kinds of segments (1, with prompts 2).
 """
 
 from collections.abc import Sequence
@@ -49,15 +50,22 @@ class Pack:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs and every response they use. Several packs where one has no room; behind the S sequences may stand others
-    that fill up a process's packs and count for nothing."""
+    """Items (see ddpo.items) and every response they use. Several packs where one has no room; behind the S sequences
+    may stand others that fill up a process's packs and count for nothing."""
 
     packs: list[Pack]
     responses: Tensor  # (S,) int64, which of the source's
     num_tokens: Tensor  # (k, S) int64 rows of each response, then of each prompt
-    pairs: Tensor  # (P, 2) int64 into the S sequences
-    weight: Tensor  # (P,) float64
+    members: Tensor  # (M,) int64 into the S sequences, item after item
+    offsets: Tensor  # (I+1,) int64 of the items in members
+    weight: Tensor  # (I,) float64, of pairs; others have 1
+    scores: Tensor  # (M,) float64, nan where there is none
     num_inputs: int  # tokens that pass the model, those that fill up left out
+
+    @property
+    def pairs(self) -> Tensor:
+        """(P, 2) int64 into the S sequences, where the items are pairs: chosen, rejected."""
+        return self.members.view(-1, 2)
 
     def to(self, device: torch.device) -> "Batch":
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}

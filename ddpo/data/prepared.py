@@ -152,6 +152,7 @@ class Prepared:
         self.pair_group = _numpy(pairs["group"])  # (P,) int64
         self.pairs = np.column_stack([_numpy(pairs["chosen"]), _numpy(pairs["rejected"])])  # (P, 2) int64
         self.weight = _numpy(pairs["weight"])  # (P,) float64
+        self.scores = _numpy(self.responses["score"])  # (R,) float64, nan where there is none
         self._prompt_ids = _Ragged(self.groups["prompt_ids"])
         self._ids = _Ragged(self.responses["ids"])
         self.num_prompt_tokens = self._prompt_ids.lengths[self.response_group]  # (R,) int64

@@ -21,5 +21,5 @@ def sequence_sum(values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     if on_cpu and (segments[0] != 0 or segments[-1] != len(values) or (segments.diff() < 0).any()):
         raise ValueError(f"sequence_sum: segments must rise from 0 to N = {len(values)}, got {segments.tolist()}")
     if len(segments) == 1:
-        return values.new_zeros(0)
+        return values[:0]  # keeps its place in the graph: a process may have nothing to sum
     return torch.segment_reduce(values, "sum", offsets=segments, unsafe=True, initial=0)

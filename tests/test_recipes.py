@@ -11,7 +11,7 @@ from conftest import ROOT, tiny_model, tiny_tokenizer
 
 from ddpo import distributed
 from ddpo.cli import VERBS, main
-from ddpo.config import PrepareConfig, TrainConfig
+from ddpo.config import PrepareConfig, RewardConfig, TrainConfig
 from ddpo.data.prepared import Prepared
 from ddpo.schedule import Schedule
 from ddpo.settings import parse
@@ -152,6 +152,14 @@ def test_train_recipes_dry_run(path, prepared_folder, base_folder, no_weights, c
     assert not (tmp_path / "run").exists()
 
 
+def test_reward_recipe_loads():
+    path = ROOT / "recipes/reward.yaml"
+    cfg = parse(RewardConfig, ["--config", str(path)], "ddpo reward", "source")
+    assert (cfg.model, cfg.source) == ("google/gemma-2-2b", "euclaise/WritingPrompts_preferences")
+    paper = ("l1", "votes", 3e-5, 4, 3, 16, 32)
+    assert (cfg.loss, cfg.target, cfg.lr, cfg.batch_size, cfg.epochs, cfg.lora_r, cfg.lora_alpha) == paper
+
+
 def launched(path):
     """What the file's header starts under torchrun."""
     _, line, *_ = path.read_text().splitlines()
@@ -165,7 +173,7 @@ def test_commands_of_the_readme(monkeypatch):
     monkeypatch.chdir(ROOT)
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", (ROOT / "recipes/README.md").read_text(), re.S))
     lines = [line for line in blocks.replace("\\\n", " ").splitlines() if line]
-    assert len(lines) == 6
+    assert len(lines) == 9
     for words in map(shlex.split, lines):
         if words[0] == "torchrun":
             words = words[words.index("-m") + 1 :]

@@ -87,13 +87,20 @@ def random_model(config, dtype: torch.dtype):
 
 
 def load_model(name: str, adapter: str | None, dtype: str, device: torch.device):
-    """A causal language model in evaluation mode, the adapter (if any) merged into its weights."""
+    """A causal language model in evaluation mode, the adapter (if any) merged into its weights; into those of a half
+    type it is not, see merged."""
     model = AutoModelForCausalLM.from_pretrained(find_model(name), dtype=pick_dtype(dtype, device))
     if adapter:
         if not (Path(adapter) / "adapter_config.json").is_file() and Path(adapter).exists():
             raise ValueError(f"{adapter} holds no LoRA adapter (no adapter_config.json)")
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = merged(PeftModel.from_pretrained(model, adapter))
     return model.to(device).eval()
+
+
+def merged(model: PeftModel):
+    """The model with its adapter in the weights; as it is where these are of a half type, which would round away what
+    is under half a step of a weight: most of a short run's adapter."""
+    return model.merge_and_unload() if model.dtype in (torch.float32, torch.float64) else model
 
 
 def load_classifier(name: str, adapter: str | None, dtype: str, device: torch.device, fresh: bool = False):
@@ -119,7 +126,7 @@ def load_classifier(name: str, adapter: str | None, dtype: str, device: torch.de
         tokenizer = load_tokenizer(folder)
         model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = merged(PeftModel.from_pretrained(model, adapter))
     return model.to(device).eval()
 
 

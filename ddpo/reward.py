@@ -1,6 +1,7 @@
 """`ddpo reward`: trains a reward model on people's scores, by transformers' Trainer, and measures it on held-out
 prompts."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,9 @@ def split(cfg: RewardConfig) -> tuple[list[Group], list[Group]]:
     groups = scored(read_groups(cfg.source, cfg.format, cfg.split)[0])
     if cfg.eval_data:
         held_out = scored(read_groups(cfg.eval_data, "auto", cfg.split)[0])
+        asked = {_key(group) for group in held_out}
+        num, groups = len(groups), [group for group in groups if _key(group) not in asked]
+        log.console.print(f"{num - len(groups)} of {num} prompts are held out in {cfg.eval_data}")
     else:
         if len(groups) < 2:
             raise ValueError(f"{cfg.source}: {len(groups)} prompts have scores; wanted 2 or more, one to hold out")
@@ -81,8 +85,12 @@ def split(cfg: RewardConfig) -> tuple[list[Group], list[Group]]:
         held_out = [groups[i] for i in sorted(out)]
         groups = [group for i, group in enumerate(groups) if i not in out]
     if not groups or not held_out:
-        raise ValueError(f"{cfg.eval_data if groups else cfg.source}: no response has a score")
+        raise ValueError(f"{cfg.eval_data if groups else cfg.source}: no response has a score that is left to use")
     return groups, held_out
+
+
+def _key(group: Group) -> str:
+    return json.dumps(group.prompt, sort_keys=True)
 
 
 def scored(groups: list[Group]) -> list[Group]:

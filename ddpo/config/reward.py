@@ -39,7 +39,8 @@ class RewardConfig(Checked):
     holdout: float = 0.1
     """Share of the prompts held out, at least one."""
     eval_data: str | None = None
-    """Groups to measure on instead of held-out prompts."""
+    """Groups to measure on, instead of a share of the prompts (`ddpo prepare`'s heldout.jsonl); their prompts are left
+    out of the source, so that the reward model has not seen what the trained models are measured by."""
     epochs: int = 3
     """Most passes over the data; it stops after one that does not better the held-out loss, and the best is kept."""
     batch_size: int = 4

@@ -132,9 +132,13 @@ def test_prompts_to_measure_on_are_not_learned_from(model_folder, tmp_path):
     """Not even where the source holds them too."""
     source = write_groups(tmp_path / "groups.jsonl")
     held_out = write_groups(tmp_path / "heldout.jsonl", STORIES[1:3])
-    train, measured = split(config(source, model_folder, "run", eval_data=str(held_out)))
+    train, stop, measured = split(config(source, model_folder, "run", eval_data=str(held_out), holdout=0.0))
     assert [g.prompt for g in train] == [STORIES[0][0], STORIES[3][0]]
-    assert [g.prompt for g in measured] == [STORIES[1][0], STORIES[2][0]]
+    assert [g.prompt for g in measured] == [STORIES[1][0], STORIES[2][0]] and not stop
+    train, stop, measured = split(config(source, model_folder, "run", eval_data=str(held_out)))
+    assert len(train) == len(stop) == 1 and len(measured) == 2
+    train, stop, measured = split(config(source, model_folder, "run"))
+    assert len(train) == 3 and stop == measured
     with pytest.raises(ValueError, match="no response has a score that is left"):
         split(config(source, model_folder, "run", eval_data=str(source)))
 

@@ -24,7 +24,7 @@ MOST_RESPONSES, MOST_RATINGS = 24, 200  # of a prompt: for the policies, for the
 NUM_SAMPLES, NEW_TOKENS = 16, 32
 SFT = {"lr": 5e-4, "epochs": 3, "batch_size": 16}
 PREFERENCE = {"lr": 5e-4, "max_steps": 84, "epochs": 50, "batch_size": 8, "warmup_steps": 5}
-REWARD = {"target": "linear", "lr": 5e-4, "epochs": 4, "batch_size": 16}
+REWARD = {"target": "linear", "lr": 5e-4, "epochs": 4, "batch_size": 16, "holdout": 0.0}
 HOT = 1.3  # temperature of the baseline that raises diversity without training
 
 PREPARED = {  # folder -> settings beside those that all share

@@ -29,7 +29,6 @@ COLUMNS = {  # measure -> heading, decimals
     "style_diversity": ("style", 3),
     "semantic_diversity_cut": ("semantic, cut", 3),
     "semantic_diversity_good": ("semantic, good ones", 3),
-    "distinct_k": ("distinct_k", 1),
     "num_words": ("words", 1),
 }
 
@@ -44,7 +43,8 @@ def measure(out: Path, seed: int = 0) -> dict:
     measurer = Measurer(Measuring(text_measures=False))
     values = {name: measurer(groups, "reward", threshold, num_words) for name, groups in sets.items()}
     for per in values.values():
-        del per["vendi_score"]  # of sets of different sizes
+        del per["vendi_score"], per["distinct_k"]  # counts, of sets of different sizes
+    rated = [np.mean([r.score for r in group.responses]) for group in sets[study.PEOPLE]]
     return {
         "num_prompts": len(sets["base"]),
         "quality_threshold": threshold,
@@ -52,7 +52,9 @@ def measure(out: Path, seed: int = 0) -> dict:
         **summary(values, seed),
         "baselines": BASELINES,
         "differences": {n: differences(values[b], values[n], seed) for n, b in BASELINES.items()},
-        "people_rated": asdict(metrics.bootstrap([g.responses[0].score for g in sets[study.PEOPLE]], seed)),
+        "people_rated": asdict(
+            metrics.bootstrap([np.mean([r.score for r in g.responses]) for g in sets[study.PEOPLE]], seed)
+        ),
         "reward_model": [_reward(out / f"fold{fold}") for fold in range(study.FOLDS)],
         "held_out_pairs": {run: _held_out_pairs(out, run) for run in study.METHODS if run != "SFT"},
     }

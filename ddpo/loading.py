@@ -116,6 +116,8 @@ def load_classifier(name: str, adapter: str | None, dtype: str, device: torch.de
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=pick_dtype(dtype, device), **options)
     transformers_logging.set_verbosity(told)
     if fresh:
+        if not hasattr(model, "score"):
+            raise ValueError(f"{name}: {type(model).__name__} is not over a decoder; wanted a causal language model")
         nn.init.zeros_(model.score.weight)
     if model.config.num_labels != 1:
         raise ValueError(
@@ -153,12 +155,12 @@ def add_lora(model, r: int, alpha: int, dropout: float, targets: tuple[str, ...]
 
 
 def identity(name: str, adapter: str | None) -> dict[str, str]:
-    """What tells a model's weights from another's: a hash of its adapter; of a folder its files' names, sizes and
-    times, of anything else the name."""
-    folder, file = Path(find_model(name)), Path(adapter or "") / "adapter_model.safetensors"
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))]
+    """What tells a model from another: hashes of its adapter's files; of a folder its files' names, sizes and times, of
+    anything else the name."""
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(find_model(name)).glob("*.*"))]
     model = f"{name} {hashlib.sha256(str(files).encode()).hexdigest()[:16]}" if files else name
-    return {"model": model, "adapter": sha256(file) if file.is_file() and adapter else str(adapter)}
+    parts = [Path(adapter or "") / file for file in ("adapter_config.json", "adapter_model.safetensors")]
+    return {"model": model, "adapter": [sha256(f) for f in parts if f.is_file()] or adapter}
 
 
 def save_model(model: nn.Module, folder: Path, tokenizer, under: str | None) -> Path:

@@ -29,7 +29,9 @@ def reward(cfg: RewardConfig) -> Path:
 
     Raises: ValueError for data without anything to learn, FileExistsError where another run lies in cfg.out.
     """
-    distributed.start()
+    _, world = distributed.start()
+    if world == 1 and torch.cuda.device_count() > 1:
+        raise RuntimeError("reward: this machine has several GPUs; take one (CUDA_VISIBLE_DEVICES=0) or torchrun")
     run = check_run(cfg)
     data = {name: distributed.from_first(identity(path, cfg.split)) for name, path in _inputs(cfg).items()}
     check_data(run, data)

@@ -115,7 +115,7 @@ def test_goes_on_after_a_kill(model_folder, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.glob("*out*")) == ["out.card.json", "out.jsonl"]  # nothing left over
 
     made_from = read_json(tmp_path / "out.card.json")["made_from"]
-    assert made_from["num_samples"] == 3 and made_from["weights"]["adapter"] == "None"
+    assert made_from["num_samples"] == 3 and made_from["weights"]["adapter"] is None
     generate(replace(stopped, resume=True))
     assert batches == [5, 5, 2] and "is there, made from the same" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match=r"made from something else \(\['seed'\]\)"):

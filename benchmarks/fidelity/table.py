@@ -52,9 +52,7 @@ def measure(out: Path, seed: int = 0) -> dict:
         **summary(values, seed),
         "baselines": BASELINES,
         "differences": {n: differences(values[b], values[n], seed) for n, b in BASELINES.items()},
-        "people_rated": asdict(
-            metrics.bootstrap([np.mean([r.score for r in g.responses]) for g in sets[study.PEOPLE]], seed)
-        ),
+        "people_rated": asdict(metrics.bootstrap(rated, seed)),
         "reward_model": [_reward(out / f"fold{fold}") for fold in range(study.FOLDS)],
         "held_out_pairs": {run: _held_out_pairs(out, run) for run in study.METHODS if run != "SFT"},
     }

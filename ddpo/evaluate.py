@@ -173,11 +173,7 @@ def _difference(d: dict | None, decimals: int) -> list[str]:
         return ["-", "-"]
     clear = "yes" if d["low"] > 0 or d["high"] < 0 else "no"
     interval = f"[{d['low']:+.{decimals}f}, {d['high']:+.{decimals}f}]"
-    return [f"{d['mean']:+.{decimals}f} {interval}", p_value(d["p"]) if "p" in d else clear]
-
-
-def p_value(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    return [f"{d['mean']:+.{decimals}f} {interval}", metrics.p_value(d["p"]) if "p" in d else clear]
 
 
 def show(result: dict) -> None:

@@ -87,6 +87,11 @@ def win_rate(wins, losses, seed: int = 0, num_resamples: int = RESAMPLES) -> Est
     return Estimate(rate, low, high, sign_flip_test((wins - losses)[decided], seed))
 
 
+def p_value(p: float) -> str:
+    """As tables show it."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def _interval(values, sizes, seed, num_resamples) -> tuple[float, float]:
     """Percentiles 2.5 and 97.5 of sum(values) / sum(sizes) over resampled prompts; values, sizes (R,)."""
     rng, n, found = np.random.default_rng(seed), len(values), []

@@ -52,7 +52,7 @@ class Inputs:
 class Found(NamedTuple):
     values: Tensor  # the loss of each item, before a weight stands outside of it
     rewards: Tensor | None  # (S,) what the method takes a response's reward to be; None: no pairs, no metrics of pairs
-    metrics: dict[str, Tensor]  # further ones, a value per item each
+    metrics: dict[str, Tensor]  # further ones, a value per item each, the same names and order in every batch
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ class Method:
     needs_reference: bool = False
     weighted: bool = False  # whether pairs are weighted without being asked to
     beta: float = 0.1
-    metrics: tuple[str, ...] = ()  # of Found
 
 
 # --- methods ----------------------------------------------------------------------------------------------
@@ -125,36 +124,20 @@ def _gvpo(x: Inputs) -> Found:
     return Found(values, None, {name: sequence_sum(v.detach(), groups) / size for name, v in metrics.items()})
 
 
-_ORPO = ("nll_loss", "log_odds_chosen", "log_odds_ratio")
-_GVPO = ("rewards/variance", "rewards/score_covariance", "score_variance")
 METHODS = {
     "sft": Method(_sft, item="response"),
     "dpo": Method(_dpo, needs_reference=True),
     "ddpo": Method(_dpo, needs_reference=True, weighted=True),
-    "orpo": Method(_orpo, beta=0.25, metrics=_ORPO),
-    "dorpo": Method(_orpo, weighted=True, beta=0.25, metrics=_ORPO),
+    "orpo": Method(_orpo, beta=0.25),
+    "dorpo": Method(_orpo, weighted=True, beta=0.25),
     "spl": Method(_spl, needs_reference=True),
     "ipo": Method(_ipo, needs_reference=True),
     "simpo": Method(_simpo, beta=2.0),
-    "gvpo": Method(_gvpo, item="group", needs_reference=True, metrics=_GVPO),
+    "gvpo": Method(_gvpo, item="group", needs_reference=True),
 }
-PAIR_METRICS = (
-    "logps/chosen",
-    "logps/rejected",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "weight",
-)
 
 
 # --- what the settings come to ----------------------------------------------------------------------------
-
-
-def metric_names(cfg: TrainConfig) -> tuple[str, ...]:
-    method = METHODS[cfg.method]
-    return method.metrics + PAIR_METRICS * (method.item == "pair")
 
 
 def is_weighted(cfg: TrainConfig) -> bool:
@@ -203,13 +186,12 @@ def objective(
 def _pair_metrics(x: Inputs, rewards: Tensor) -> dict[str, Tensor]:
     chosen, rejected = x.batch.pairs.unbind(1)
     margin = rewards[chosen] - rewards[rejected]
-    values = (
-        x.sequence[chosen],
-        x.sequence[rejected],
-        rewards[chosen],
-        rewards[rejected],
-        margin,
-        (margin > 0).to(margin.dtype),
-        x.weight,
-    )
-    return dict(zip(PAIR_METRICS, values, strict=True))
+    return {
+        "logps/chosen": x.sequence[chosen],
+        "logps/rejected": x.sequence[rejected],
+        "rewards/chosen": rewards[chosen],
+        "rewards/rejected": rewards[rejected],
+        "rewards/margins": margin,
+        "rewards/accuracies": (margin > 0).to(margin.dtype),
+        "weight": x.weight,
+    }

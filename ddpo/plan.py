@@ -5,8 +5,8 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def plan(cfg: PlanConfig) -> dict:
         )
     step = step_of(cfg)
     bare = replace(train, compile=False, drop_below=0.0)
-    with quiet():
+    with log.quiet():  # what the copies say is not for the reader
         passes = measure(bare, config, dtype, step.rows / step.tokens, for_cpu=not on_gpu)
     base = cfg.gpu_reserved * 2**30 if on_gpu else held_by_this_process()
     room = cfg.gpu_memory * 2**30 if on_gpu else memory_of_this_machine()
@@ -300,16 +300,6 @@ def gemm_rate(dtype: torch.dtype) -> float:
         torch.mm(a, b)
         times.append(time.perf_counter() - start)
     return 2 * 2048**3 / min(times)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """What the copies say is not for the reader."""
-    before, log.console.quiet = log.console.quiet, True
-    try:
-        yield
-    finally:
-        log.console.quiet = before
 
 
 # --- telling ----------------------------------------------------------------------------------------------

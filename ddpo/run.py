@@ -22,9 +22,11 @@ def check_run(cfg: TrainConfig) -> Path:
     nothing."""
     run = Path(cfg.out)
     if cfg.resume and (run / "config.yaml").is_file():
-        before = yaml.safe_load((run / "config.yaml").read_text())
+        begun = yaml.safe_load((run / "config.yaml").read_text())
+        usual = yaml.safe_load(to_yaml(TrainConfig(data=cfg.data, out=cfg.out)))
+        before = usual | begun  # an option that there was not yet when the run began was at its default
         now = yaml.safe_load(to_yaml(cfg))
-        changed = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
+        changed = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]
         if changed:
             raise ValueError(
                 f"{run}: the run was started with other settings ({', '.join(changed)}); resume with those in its "

@@ -13,7 +13,7 @@ from ddpo import distributed, log, passes
 from ddpo.config import TrainConfig
 from ddpo.dryrun import dry_run
 from ddpo.loading import find_model
-from ddpo.objective import METHODS, metric_names, objective
+from ddpo.objective import METHODS, objective
 from ddpo.run import OnTheWay, Stop, begin_run, check_run, graceful
 from ddpo.schedule import lr_at
 from ddpo.settings import run_command
@@ -91,7 +91,7 @@ def step(state: State) -> dict:
         "step": state.step,
         "epoch": state.schedule.epoch(state.step),
         "learning_rate": lr,
-        f"num_{items_of(state.cfg)}": num_items,
+        f"num_{item_name(state.cfg)}": num_items,
         "start": start,
         "names": tuple(sums),
         "values": OnTheWay(torch.stack(list(sums.values())), norm),
@@ -103,7 +103,7 @@ def run_batches(state: State, schedule, at: int, ref_logp: Tensor | None, learns
     metrics and tokens, each a float64 scalar on the device; and the number of its items."""
     totals = schedule.totals(at)
     batches = schedule.batches(at, state.rank, state.world)
-    sums = dict.fromkeys(("loss", "items", "tokens", *metric_names(state.cfg)), 0.0)
+    sums = dict.fromkeys(("loss", "items", "tokens"), 0.0)  # and metrics, of one order in all processes
     for i, batch in enumerate(batches):
         batch = batch.to(state.device)
         logp, backward = passes.forward(state.policy, batch, last=i == len(batches) - 1)
@@ -113,7 +113,7 @@ def run_batches(state: State, schedule, at: int, ref_logp: Tensor | None, learns
             backward(share * state.world)  # gradients are averaged over the processes
         found = {"loss": share.detach(), "items": torch.ones_like(batch.weight), **metrics}
         for name, values in found.items():
-            sums[name] = sums[name] + values.sum(dtype=torch.float64)
+            sums[name] = sums.get(name, 0.0) + values.sum(dtype=torch.float64)
         sums["tokens"] += batch.num_inputs
     own = torch.zeros(len(sums), dtype=torch.float64, device=state.device)
     for value, place in zip(sums.values(), own, strict=True):
@@ -145,11 +145,11 @@ def evaluate(state: State, watch: Watch) -> None:
     state.policy.train()
     distributed.reshard(state.policy)
     mean, _ = means({name: float(value) for name, value in sums.items()}, state.cfg)
-    mean = {f"num_{items_of(state.cfg)}": num_items, **mean}
+    mean = {f"num_{item_name(state.cfg)}": num_items, **mean}
     watch.write("eval", {"step": state.step, **{f"eval_{k}": v for k, v in mean.items()}})
 
 
-def items_of(cfg: TrainConfig) -> str:
+def item_name(cfg: TrainConfig) -> str:
     """What the numbers of a step's items are called in metrics: pairs, responses (SFT) or groups (GVPO)."""
     return f"{METHODS[cfg.method].item}s"
 
@@ -159,7 +159,7 @@ def means(sums: dict[str, float], cfg: TrainConfig) -> tuple[dict[str, float], f
     sums = dict(sums)
     loss, items, tokens = (sums.pop(name) for name in ("loss", "items", "tokens"))
     metrics = {name: total / items for name, total in sums.items() if items}
-    return {"loss": loss, f"{items_of(cfg)}_forwarded": int(items), **metrics}, tokens
+    return {"loss": loss, f"{item_name(cfg)}_forwarded": int(items), **metrics}, tokens
 
 
 def report(state: State, metrics: dict | None, watch: Watch, until: float | None = None) -> None:
@@ -172,7 +172,7 @@ def report(state: State, metrics: dict | None, watch: Watch, until: float | None
     *sums, norm = metrics["values"].read()
     seconds = (until or time.perf_counter()) - metrics["start"]
     mean, tokens = means(dict(zip(metrics["names"], sums, strict=True)), state.cfg)
-    record = {key: metrics[key] for key in ("step", "epoch", "learning_rate", f"num_{items_of(state.cfg)}")}
+    record = {key: metrics[key] for key in ("step", "epoch", "learning_rate", f"num_{item_name(state.cfg)}")}
     record |= {**mean, "grad_norm": norm, "skipped": not math.isfinite(norm), "tokens_per_s": tokens / seconds}
     record["peak_memory_gib"] = peak_memory_gib()
     watch.write("metrics", record)

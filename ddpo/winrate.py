@@ -142,8 +142,7 @@ def table(result: dict) -> Table:
         shares = [f"{n / found['num_answers']:.0%}" for n in (*wins.values(), found["ties"]) if found["num_answers"]]
         cells = [str(found["num_answers"]), *(shares or ["-"] * 3)]
         if rate:
-            p = "<0.001" if rate["p"] < 0.001 else f"{rate['p']:.3f}"
-            cells += [f"{rate['mean']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]", p]
+            cells += [f"{rate['mean']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]", metrics.p_value(rate["p"])]
         table.add_row(escape(question), *cells)
     return table
 

@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import SMALL, metrics, same_bits, weights_of
 from kill_and_resume import kill_and_resume
 from safetensors.torch import load_file
@@ -86,6 +88,19 @@ def test_metrics_after_the_checkpoint_are_written_once(config):
     assert same_bits(load_file(run / "first" / "adapter_model.safetensors"), weights_of(cfg))
 
 
+def test_resume_of_a_run_from_before_an_option(config):
+    """A key that its config.yaml lacks counts as the default, no less and no more."""
+    cfg = config(batch_size=12)
+    with pytest.raises(SystemExit):
+        run_training(cfg, StopAfter(0))
+    file = Path(cfg.out) / "config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    for missing, message in ((("lora_targets", "gamma"), None), (("lr",), r"other settings \(lr\)")):
+        file.write_text(yaml.safe_dump({k: v for k, v in settings.items() if k not in missing}))
+        with pytest.raises(ValueError, match=message) if message else nullcontext():
+            run_training(replace(cfg, resume=True))
+
+
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
 def test_checkpoints_kept_and_damaged(config, capsys, file):
     """A damaged checkpoint is known by its hash, said aloud, and the one before is used, to the same bits."""
@@ -103,6 +118,7 @@ def test_checkpoints_kept_and_damaged(config, capsys, file):
     run_training(replace(cfg, resume=True))
     assert f"{kept[-1]} is damaged ({file}); going on from the one before" in capsys.readouterr().out.replace("\n", "")
     assert same_bits(weights_of(straight), weights_of(cfg))
+    shutil.rmtree(Path(cfg.out) / "adapter")  # with it the run is finished, and checkpoints are not looked at
     for path in checkpoint.steps(Path(cfg.out)):
         (path / file).write_text("{")
     with pytest.raises(ValueError, match="every checkpoint is damaged"):

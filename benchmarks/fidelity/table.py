@@ -54,7 +54,7 @@ def measure(out: Path, seed: int = 0) -> dict:
         "baselines": BASELINES,
         "differences": {n: differences(values[b], values[n], seed) for n, b in BASELINES.items()},
         "differences_by_fold": {n: by_fold(values[b], values[n], out) for n, b in BASELINES.items()},
-        "training": {name: _training(out, method) for name, method in study.METHODS.items()},
+        "training": {name: _training(out, name) for name in study.METHODS},
         "people_rated": asdict(metrics.bootstrap(rated, seed)),
         "reward_model": [_reward(out / f"fold{fold}") for fold in range(study.FOLDS)],
         "held_out_pairs": _held_out_pairs(out, study.WATCHED),
@@ -76,17 +76,18 @@ def by_fold(before: dict, after: dict, out: Path) -> dict[str, list[float]]:
     }
 
 
-def _training(out: Path, method: study.Method) -> dict:
-    """Pairs (SFT: responses) that a run has, summed over folds, and their passes."""
-    summaries = [
-        read_json(out / f"fold{fold}" / method.data / "manifest.json")["summary"] for fold in range(study.FOLDS)
-    ]
-    if method.method == "sft":
-        return {"items": sum(s["responses"] for s in summaries), "passes": study.SFT["epochs"]}
-    items = sum(s["pairs"] for s in summaries)
-    steps = study.PREFERENCE["max_steps"] * study.FOLDS
-    zero = sum(s["weights"]["zero_share"] * s["pairs"] for s in summaries) / items
-    return {"items": items, "passes": round(steps * study.PREFERENCE["batch_size"] / items, 1), "zero_share": zero}
+def _training(out: Path, name: str) -> dict:
+    """Pairs (SFT: responses) that a method's runs have, summed over folds, and their passes."""
+    folds = [out / f"fold{fold}" for fold in range(study.FOLDS)]
+    summaries = [read_json(fold / study.METHODS[name].data / "manifest.json")["summary"] for fold in folds]
+    rows = [[row for _, row in read_jsonl(fold / "runs" / name / "metrics.jsonl")] for fold in folds]
+    kind = "responses" if name == "SFT" else "pairs"
+    return {
+        kind: sum(s[kind] for s in summaries),
+        "steps": [of[-1]["step"] for of in rows],
+        "passes": round(float(np.mean([of[-1]["epoch"] for of in rows])), 2),
+        "zero_share": [s["weights"]["zero_share"] for s in summaries],
+    }
 
 
 def _held_out_pairs(out: Path, run: str) -> dict:

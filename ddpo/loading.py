@@ -90,10 +90,15 @@ def load_model(name: str, adapter: str | None, dtype: str, device: torch.device)
     """A causal language model in evaluation mode, the adapter (if any) merged into its weights."""
     model = AutoModelForCausalLM.from_pretrained(find_model(name), dtype=pick_dtype(dtype, device))
     if adapter:
-        if not (Path(adapter) / "adapter_config.json").is_file() and Path(adapter).exists():
-            raise ValueError(f"{adapter} holds no LoRA adapter (no adapter_config.json)")
+        check_adapter(adapter)
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model.to(device).eval()
+
+
+def check_adapter(name: str) -> None:
+    """Raises ValueError for a folder without an adapter; where there is none, it may be a hub name."""
+    if Path(name).exists() and not (Path(name) / "adapter_config.json").is_file():
+        raise ValueError(f"{name} holds no LoRA adapter (no adapter_config.json)")
 
 
 def load_classifier(name: str, adapter: str | None, dtype: str, device: torch.device, fresh: bool = False):

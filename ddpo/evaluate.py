@@ -52,6 +52,8 @@ def evaluate(cfg: EvaluateConfig) -> dict:
     """
     distributed.start()
     with log.quiet(cfg.json):
+        if cfg.export_annotation and distributed.is_first():  # first: what it refuses is refused at once
+            annotate(AnnotateConfig(responses=cfg.files, out=cfg.export_annotation, seed=cfg.seed))
         result = _evaluate(cfg)
     if distributed.is_first():
         if cfg.json:
@@ -62,9 +64,6 @@ def evaluate(cfg: EvaluateConfig) -> dict:
         show(result)
         if cfg.out:
             log.console.print(f"numbers: {cfg.out}")
-    if cfg.export_annotation and distributed.is_first():
-        with log.quiet(cfg.json):
-            annotate(AnnotateConfig(responses=cfg.files, out=cfg.export_annotation, seed=cfg.seed))
     return result
 
 

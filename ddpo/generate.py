@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from ddpo import distributed, log
+from ddpo import __version__, distributed, log
 from ddpo.config import GenerateConfig
 from ddpo.data.groups import Prompt, read_prompts, write_jsonl
 from ddpo.data.tokens import ChatTokens
@@ -16,7 +16,7 @@ from ddpo.files import new_file, sha256
 from ddpo.ledger import Ledger, is_made, write_card
 from ddpo.loading import find_model, identity, load_model
 
-NOT_OF_THE_TEXT = ("prompts", "out", "batch_size", "temperatures", "resume", "overwrite")
+NOT_OF_THE_TEXT = ("prompts", "out", "chat_template", "batch_size", "temperatures", "resume", "overwrite")
 
 
 def generate(cfg: GenerateConfig) -> list[Path]:
@@ -28,7 +28,9 @@ def generate(cfg: GenerateConfig) -> list[Path]:
     distributed.start()
     prompts = read_prompts(cfg.prompts)
     cfgs = [replace(cfg, temperature=t, temperatures=(), out=_name(cfg.out, t)) for t in cfg.temperatures] or [cfg]
-    parts = {"prompts": sha256(cfg.prompts), "weights": identity(cfg.model, cfg.adapter)}
+    tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
+    parts = {"ddpo": __version__, "prompts": sha256(cfg.prompts), "tokenizer": tokens.fingerprint()}
+    parts["weights"] = identity(cfg.model, cfg.adapter)
     keys = [{**parts, **{k: v for k, v in asdict(c).items() if k not in NOT_OF_THE_TEXT}} for c in cfgs]
     to_do = [
         (c, key)
@@ -36,7 +38,6 @@ def generate(cfg: GenerateConfig) -> list[Path]:
         if not distributed.from_first(is_made(Path(c.out), key, c.resume, c.overwrite))
     ]
     if to_do:
-        tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
         model = load_model(cfg.model, cfg.adapter, cfg.dtype, distributed.device())
     for c, key in to_do:
         ledger = Ledger(Path(c.out), key)

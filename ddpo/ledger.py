@@ -18,19 +18,19 @@ class Ledger:
     def __init__(self, out: Path, key: dict):
         rank, _ = distributed.start()
         self._out, self._key = out, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        self.done = self._read()
+        self.done = distributed.from_first(self._read())  # one look at the folder: all share out the same jobs
         if self.done:
             log.console.print(f"{out}: {len(self.done)} results of a run that was stopped are taken up")
         distributed.barrier()  # all have read before one writes
         out.parent.mkdir(parents=True, exist_ok=True)
-        path = out.with_name(f".{out.name}.{rank}.part")
-        _, at = self._results(path)
+        self._path = out.with_name(f".{out.name}.{rank}.part")
+        _, at = self._results(self._path)
         if not at:
-            path.write_text(json.dumps({"key": self._key}) + "\n")
+            self._path.write_text(json.dumps({"key": self._key}) + "\n")
         else:
-            with path.open("rb+") as file:
+            with self._path.open("rb+") as file:
                 file.truncate(at)  # a line that a kill tore goes
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
 
     def add(self, results: dict[str, dict]) -> None:
         """Keeps results; they are there after a kill."""
@@ -39,9 +39,17 @@ class Ledger:
         self._file.flush()
 
     def collect(self) -> dict[str, dict]:
-        """All processes' results; each process must call."""
+        """All processes' results; each process must call.
+
+        Raises: RuntimeError where the processes do not share the folder.
+        """
         self._file.close()
-        distributed.barrier()
+        parts = [part.name for part in distributed.from_all(self._path)]
+        lacking = [name for name in parts if not self._out.with_name(name).is_file()]
+        if any(distributed.from_all(lacking)):
+            raise RuntimeError(
+                f"{self._out.parent}: the other processes' results are not there; wanted a shared folder"
+            )
         self.done = self._read()
         return self.done
 
@@ -76,7 +84,7 @@ class Ledger:
 
 def card_path(out: Path) -> Path:
     """after.jsonl -> after.card.json"""
-    return out.with_suffix(".card.json")
+    return out.with_name(f"{out.name.removesuffix('.jsonl')}.card.json")
 
 
 def is_made(out: Path, key: dict, resume: bool, overwrite: bool) -> bool:
@@ -100,5 +108,7 @@ def is_made(out: Path, key: dict, resume: bool, overwrite: bool) -> bool:
 
 
 def write_card(out: Path, key: dict) -> None:
-    """What it was made from, machine and versions. Before the output itself, which so never stands without."""
+    """What it was made from, machine and versions. Before the output itself, which so never stands without; an older
+    output goes, so that none stands beside a card that is not its own."""
+    out.unlink(missing_ok=True)
     write_json(card_path(out), {"made_from": key, **log.card()})

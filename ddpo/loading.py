@@ -87,11 +87,12 @@ def random_model(config, dtype: torch.dtype):
 
 
 def load_model(name: str, adapter: str | None, dtype: str, device: torch.device):
-    """A causal language model in evaluation mode, the adapter (if any) merged into its weights."""
+    """A causal language model in evaluation mode, the adapter (if any) merged into its weights; into those of a half
+    type it is not, see merged."""
     model = AutoModelForCausalLM.from_pretrained(find_model(name), dtype=pick_dtype(dtype, device))
     if adapter:
         check_adapter(adapter)
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = merged(PeftModel.from_pretrained(model, adapter))
     return model.to(device).eval()
 
 
@@ -99,6 +100,12 @@ def check_adapter(name: str) -> None:
     """Raises ValueError for a folder without an adapter; where there is none, it may be a hub name."""
     if Path(name).exists() and not (Path(name) / "adapter_config.json").is_file():
         raise ValueError(f"{name} holds no LoRA adapter (no adapter_config.json)")
+
+
+def merged(model: PeftModel):
+    """The model with its adapter in the weights; as it is where these are of a half type, which would round away what
+    is under half a step of a weight: most of a short run's adapter."""
+    return model.merge_and_unload() if model.dtype in (torch.float32, torch.float64) else model
 
 
 def load_classifier(name: str, adapter: str | None, dtype: str, device: torch.device, fresh: bool = False):
@@ -114,6 +121,8 @@ def load_classifier(name: str, adapter: str | None, dtype: str, device: torch.de
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=pick_dtype(dtype, device), **options)
     transformers_logging.set_verbosity(told)
     if fresh:
+        if not hasattr(model, "score"):
+            raise ValueError(f"{name}: {type(model).__name__} is not over a decoder; wanted a causal language model")
         nn.init.zeros_(model.score.weight)
     if model.config.num_labels != 1:
         raise ValueError(
@@ -124,7 +133,7 @@ def load_classifier(name: str, adapter: str | None, dtype: str, device: torch.de
         tokenizer = load_tokenizer(folder)
         model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = merged(PeftModel.from_pretrained(model, adapter))
     return model.to(device).eval()
 
 
@@ -151,12 +160,12 @@ def add_lora(model, r: int, alpha: int, dropout: float, targets: tuple[str, ...]
 
 
 def identity(name: str, adapter: str | None) -> dict[str, str]:
-    """What tells a model's weights from another's: a hash of its adapter; of a folder its files' names, sizes and
-    times, of anything else the name."""
-    folder, file = Path(find_model(name)), Path(adapter or "") / "adapter_model.safetensors"
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))]
+    """What tells a model from another: hashes of its adapter's files; of a folder its files' names, sizes and times, of
+    anything else the name."""
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(find_model(name)).glob("*.*"))]
     model = f"{name} {hashlib.sha256(str(files).encode()).hexdigest()[:16]}" if files else name
-    return {"model": model, "adapter": sha256(file) if file.is_file() and adapter else str(adapter)}
+    parts = [Path(adapter or "") / file for file in ("adapter_config.json", "adapter_model.safetensors")]
+    return {"model": model, "adapter": [sha256(f) for f in parts if f.is_file()] or adapter}
 
 
 def save_model(model: nn.Module, folder: Path, tokenizer, under: str | None) -> Path:

@@ -1,6 +1,7 @@
 """`ddpo reward`: trains a reward model on people's scores, by transformers' Trainer, and measures it on held-out
 prompts."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from ddpo import distributed, log
 from ddpo.config import RewardConfig
 from ddpo.data.groups import Group
-from ddpo.data.importers import read_groups
+from ddpo.data.importers import identity, read_groups
 from ddpo.data.pairs import all_pairs
 from ddpo.files import new_file, read_json, write_json
 from ddpo.layers import speed_up
@@ -28,14 +29,21 @@ def reward(cfg: RewardConfig) -> Path:
 
     Raises: ValueError for data without anything to learn, FileExistsError where another run lies in cfg.out.
     """
-    distributed.start()
+    _, world = distributed.start()
+    if world == 1 and torch.cuda.device_count() > 1:
+        raise RuntimeError("reward: this machine has several GPUs; take one (CUDA_VISIBLE_DEVICES=0) or torchrun")
     run = check_run(cfg)
-    if (run / "evaluation.json").is_file():
+    data = {name: distributed.from_first(identity(path, cfg.split)) for name, path in _inputs(cfg).items()}
+    check_data(run, data)
+    if distributed.from_first((run / "evaluation.json").is_file()):
         log.console.print(f"{run} is finished already")
         show(read_json(run / "evaluation.json"))
         return run
-    train_groups, eval_groups = split(cfg)
-    begin_run(cfg, run)
+    train_groups, stop_groups, eval_groups = split(cfg)
+    distributed.barrier()  # all have looked before one writes
+    if distributed.is_first():
+        begin_run(cfg, run)
+        write_json(run / "data.json", data)
     tokenizer = load_tokenizer(find_model(cfg.model))
     read = Reader(tokenizer, cfg.max_length)
     target = Target.fit(cfg.target, all_scores(train_groups)) if cfg.loss == "l1" else None
@@ -44,11 +52,11 @@ def reward(cfg: RewardConfig) -> Path:
     speed_up(model)
     trainer = Judge(
         model=model,
-        args=_arguments(cfg, run),
+        args=_arguments(cfg, run, bool(stop_groups)),
         train_dataset=examples(train_groups, read, target, cfg),
-        eval_dataset=examples(eval_groups, read, target, cfg),
+        eval_dataset=examples(stop_groups, read, target, cfg) if stop_groups else None,
         data_collator=lambda batch: collate(batch, model.config.pad_token_id),
-        callbacks=[EarlyStoppingCallback(1), Tell()],
+        callbacks=[EarlyStoppingCallback(1), Tell()] if stop_groups else [],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(run))
@@ -68,21 +76,38 @@ def reward(cfg: RewardConfig) -> Path:
 # --- data -------------------------------------------------------------------------------------------------
 
 
-def split(cfg: RewardConfig) -> tuple[list[Group], list[Group]]:
-    """Groups to learn from and groups to measure on, their scored responses alone."""
-    groups = scored(read_groups(cfg.source, cfg.format, cfg.split)[0])
+def _inputs(cfg: RewardConfig) -> dict[str, str]:
+    return {"source": cfg.source} | ({"eval_data": cfg.eval_data} if cfg.eval_data else {})
+
+
+def check_data(run: Path, data: dict) -> None:
+    """Raises ValueError where a run that is there was begun on other data."""
+    if (run / "data.json").is_file() and read_json(run / "data.json") != data:
+        raise ValueError(f"{run} was begun on other data; give another --out")
+
+
+def split(cfg: RewardConfig) -> tuple[list[Group], list[Group], list[Group]]:
+    """Groups to learn from, to stop by (perhaps none) and to measure on, their scored responses alone."""
+    groups, measured = scored(read_groups(cfg.source, cfg.format, cfg.split)[0]), None
     if cfg.eval_data:
-        held_out = scored(read_groups(cfg.eval_data, "auto", cfg.split)[0])
-    else:
-        if len(groups) < 2:
-            raise ValueError(f"{cfg.source}: {len(groups)} prompts have scores; wanted 2 or more, one to hold out")
-        num_out = min(max(1, round(len(groups) * cfg.holdout)), len(groups) - 1)
-        out = set(np.random.default_rng([cfg.seed, 1]).permutation(len(groups))[:num_out].tolist())
-        held_out = [groups[i] for i in sorted(out)]
-        groups = [group for i, group in enumerate(groups) if i not in out]
-    if not groups or not held_out:
-        raise ValueError(f"{cfg.eval_data if groups else cfg.source}: no response has a score")
-    return groups, held_out
+        measured = scored(read_groups(cfg.eval_data, "auto", cfg.split)[0])
+        asked = {_key(group) for group in measured}
+        num, groups = len(groups), [group for group in groups if _key(group) not in asked]
+        log.console.print(f"{num - len(groups)} of {num} prompts are left out: they are in {cfg.eval_data}")
+        if not groups or not measured:
+            raise ValueError(f"{cfg.eval_data if groups else cfg.source}: no response has a score that is left to use")
+    if cfg.holdout == 0 and measured:
+        return groups, [], measured
+    if len(groups) < 2:
+        raise ValueError(f"{cfg.source}: {len(groups)} prompts have scores; wanted 2 or more, one to hold out")
+    num_out = min(max(1, round(len(groups) * cfg.holdout)), len(groups) - 1)
+    out = set(np.random.default_rng([cfg.seed, 1]).permutation(len(groups))[:num_out].tolist())
+    held_out = [groups[i] for i in sorted(out)]
+    return [group for i, group in enumerate(groups) if i not in out], held_out, measured or held_out
+
+
+def _key(group: Group) -> str:
+    return json.dumps(group.prompt, sort_keys=True)
 
 
 def scored(groups: list[Group]) -> list[Group]:
@@ -147,7 +172,7 @@ class Tell(TrainerCallback):
         log.console.print(f"epoch {state.epoch:.0f}: held-out loss {metrics['eval_loss']:.4f}")
 
 
-def _arguments(cfg: RewardConfig, run: Path) -> TrainingArguments:
+def _arguments(cfg: RewardConfig, run: Path, stops: bool) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(run / "checkpoints"),
@@ -158,11 +183,11 @@ def _arguments(cfg: RewardConfig, run: Path) -> TrainingArguments:
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         use_cpu=not on_gpu,
         seed=cfg.seed,
-        eval_strategy="epoch",
+        eval_strategy="epoch" if stops else "no",
         save_strategy="epoch",
         save_total_limit=2,
         train_sampling_strategy="group_by_length",
-        load_best_model_at_end=True,
+        load_best_model_at_end=stops,
         metric_for_best_model="loss",
         prediction_loss_only=True,
         logging_strategy="no",

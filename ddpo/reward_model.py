@@ -15,7 +15,7 @@ import torch
 from ddpo.data.groups import Group, Prompt
 from ddpo.data.tokens import ChatTokens
 from ddpo.files import read_json, write_json
-from ddpo.loading import load_classifier, load_tokenizer
+from ddpo.loading import identity, load_classifier, load_tokenizer
 
 FILE = "reward.json"  # beside the adapter's weights
 LOG_TIMES = 100
@@ -92,7 +92,7 @@ class RewardModel:
 
         Raises: ValueError for a classifier of several outputs or without a template.
         """
-        folder = next((f for f in (Path(name), Path(name) / "adapter") if (f / FILE).is_file()), None)
+        folder = adapter_of(name)
         if folder is None:
             model = load_classifier(name, None, dtype, device)
             return cls(model, Reader(load_tokenizer(name), max_length, chat=True), name)
@@ -116,6 +116,17 @@ class RewardModel:
         for which, rewards in self.each(ids, max_tokens):
             out[which] = rewards
         return out
+
+
+def adapter_of(name: str) -> Path | None:
+    """The adapter's folder of a run of `ddpo reward`, or the folder itself; None for another model's name."""
+    return next((f for f in (Path(name), Path(name) / "adapter") if (f / FILE).is_file()), None)
+
+
+def weights_of(name: str) -> dict[str, str]:
+    """What tells a reward model from another."""
+    adapter = adapter_of(name)
+    return identity(name if adapter is None else read_json(adapter / FILE)["model"], adapter and str(adapter))
 
 
 def describe(folder: Path, model: str, loss: str, target: Target | None, max_length: int) -> None:

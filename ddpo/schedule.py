@@ -47,9 +47,11 @@ class Schedule:
 
     @classmethod
     def of_all(cls, data: Prepared, cfg: TrainConfig, least_tokens: int) -> "Schedule":
-        """One step of all items."""
+        """One step of all items; those of weight 0 pass too, so that every method is measured over the same."""
         everything = max(1, len(data.pairs), len(data.responses))
-        return cls(data, replace(cfg, batch_size=everything, epochs=1, max_steps=None), least_tokens)
+        return cls(
+            data, replace(cfg, batch_size=everything, epochs=1, max_steps=None, forward_zero_weight=True), least_tokens
+        )
 
     def epoch(self, step: int) -> float:
         """Epochs done when `step` steps are."""

@@ -3,13 +3,12 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ddpo import distributed, log
+from ddpo import __version__, distributed, log
 from ddpo.config import ScoreConfig
 from ddpo.data.groups import group_row, parse_group, read_jsonl, write_jsonl
 from ddpo.files import new_file, sha256
 from ddpo.ledger import Ledger, is_made, write_card
-from ddpo.loading import identity
-from ddpo.reward_model import RewardModel
+from ddpo.reward_model import RewardModel, weights_of
 
 WINDOW = 1024  # responses whose rewards are kept at a time
 
@@ -22,8 +21,7 @@ def score(cfg: ScoreConfig) -> Path:
     rank, world = distributed.start()
     out = Path(cfg.out)
     settings = {k: v for k, v in asdict(cfg).items() if k in ("column", "max_length", "dtype")}
-    adapter = next((f for f in (Path(cfg.reward) / "adapter", Path(cfg.reward)) if (f / "reward.json").is_file()), None)
-    key = {"responses": sha256(cfg.responses), "weights": identity(cfg.reward, adapter and str(adapter)), **settings}
+    key = {"ddpo": __version__, "responses": sha256(cfg.responses), "weights": weights_of(cfg.reward), **settings}
     if distributed.from_first(is_made(out, key, cfg.resume, cfg.overwrite)):
         return out
     groups = [parse_group(row, where) for where, row in read_jsonl(cfg.responses)]

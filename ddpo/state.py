@@ -188,9 +188,14 @@ def check_held_out(cfg: TrainConfig, data: Prepared) -> Prepared:
 
 
 def check_dtype(cfg: TrainConfig) -> str:
-    """All weights are trained in float32 or float64: bfloat16 rounds away steps under 1/256 of a weight."""
-    if cfg.lora or cfg.dtype in ("float32", "float64"):
+    """All weights are trained in float32 or float64, and an adapter is merged into such: bfloat16 rounds away steps
+    under 1/256 of a weight. Matrix products are another matter, see --autocast."""
+    if (cfg.lora and not cfg.adapter) or cfg.dtype in ("float32", "float64"):
         return cfg.dtype
     if cfg.dtype == "bfloat16":
-        raise ValueError("train: --no-lora in bfloat16 loses most small updates; use --dtype float32, or LoRA")
+        what = "--adapter in" if cfg.lora else "--no-lora in"
+        raise ValueError(
+            f"train: {what} bfloat16 loses most small updates; leave --dtype, or give float32 (products "
+            "are bfloat16 by --autocast all the same)"
+        )
     return "float32"

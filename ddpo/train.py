@@ -31,7 +31,7 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
     """
     rank, world = distributed.start()
     run = check_run(cfg)
-    if cfg.resume and (run / ("adapter" if cfg.lora else "model")).is_dir():
+    if cfg.resume and distributed.from_first((run / ("adapter" if cfg.lora else "model")).is_dir()):
         log.console.print(f"{run} is finished already")
         return run
     if rank == 0:

@@ -15,8 +15,10 @@ from conftest import metrics, relative, same_bits, tiny_model, tiny_tokenizer, w
 from safetensors.torch import load_file
 
 from ddpo import checkpoint
-from ddpo.config import WeighConfig
+from ddpo.config import GenerateConfig, ScoreConfig, WeighConfig
 from ddpo.data.prepared import Prepared
+from ddpo.generate import generate
+from ddpo.score import score
 from ddpo.settings import to_yaml
 from ddpo.train import train as run_training
 from ddpo.weigh import weigh
@@ -221,3 +223,32 @@ def test_weigh_shares_out_the_embeddings(groups_file, tmp_path):
     out = finished(torchrun("ddpo", "weigh", str(groups_file), *arguments))
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
     assert len(list((tmp_path / "kept").rglob("*.arrow"))) == 2 and out.count("wrote") == 1
+
+
+SAMPLED = """
+import json, sys
+from ddpo import distributed
+from ddpo.config import GenerateConfig, RewardConfig, ScoreConfig
+from ddpo.generate import generate
+from ddpo.reward import reward
+from ddpo.score import score
+
+for make, cls in ((generate, GenerateConfig), (reward, RewardConfig), (score, ScoreConfig)):
+    make(cls(**json.loads(sys.argv.pop(1))))
+distributed.finish()
+"""
+
+
+def test_samples_and_scores_are_shared_out(model_folder, groups_file, tmp_path):
+    """What one process writes; a reward model trained by two scores in one."""
+    script, usual = tmp_path / "sampled.py", {"dtype": "float64", "out": str(tmp_path / "two.jsonl")}
+    script.write_text(SAMPLED)
+    sampling = {**usual, "prompts": str(groups_file), "model": model_folder, "max_new_tokens": 6, "batch_size": 3}
+    learning = {"source": str(groups_file), "model": model_folder, "out": str(tmp_path / "reward"), "epochs": 1}
+    scoring = {**usual, "responses": str(groups_file), "reward": learning["out"], "out": str(tmp_path / "scored.jsonl")}
+    finished(torchrun(str(script), *map(json.dumps, (sampling, learning, scoring)), module=False))
+    generate(GenerateConfig(**{**sampling, "out": str(tmp_path / "one.jsonl")}))
+    score(ScoreConfig(**{**scoring, "out": str(tmp_path / "scored-by-one.jsonl")}))
+    for two, one in (("two", "one"), ("scored", "scored-by-one")):
+        assert (tmp_path / f"{two}.jsonl").read_bytes() == (tmp_path / f"{one}.jsonl").read_bytes()
+    assert not list(tmp_path.glob(".*.part"))

@@ -10,7 +10,7 @@ from conftest import STORIES, tiny_tokenizer, write_groups
 from ddpo.config import RewardConfig, ScoreConfig
 from ddpo.data.groups import Group, Response, read_jsonl
 from ddpo.files import read_json
-from ddpo.reward import evaluate, reward
+from ddpo.reward import evaluate, reward, split
 from ddpo.reward_model import Reader, RewardModel, Target, batches_by_length, tagged
 from ddpo.score import score
 
@@ -66,7 +66,14 @@ def test_evaluation_by_hand():
     assert [b["predicted"] for b in found["calibration"]] == sorted(rewards)
     of_pairs = evaluate(rewards, groups, None)
     assert "mae" not in of_pairs and sum(b["count"] for b in of_pairs["calibration"]) == 6
-    assert of_pairs["calibration"][0]["observed"] == 0 or of_pairs["calibration"][0]["predicted"] < 0.5
+    assert [b["observed"] for b in of_pairs["calibration"]] == [
+        0,
+        0,
+        1,
+        0,
+        1,
+        1,
+    ]  # by probability
 
 
 def config(source, model, out, **changes):
@@ -126,6 +133,21 @@ def test_training_goes_on_after_a_kill(model_folder, tmp_path, monkeypatch):
     assert epochs == [1, 2]  # the first epoch was not done again
     a, b = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (straight, resumed))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_prompts_to_measure_on_are_not_learned_from(model_folder, tmp_path):
+    """Not even where the source holds them too."""
+    source = write_groups(tmp_path / "groups.jsonl")
+    held_out = write_groups(tmp_path / "heldout.jsonl", STORIES[1:3])
+    train, stop, measured = split(config(source, model_folder, "run", eval_data=str(held_out), holdout=0.0))
+    assert [g.prompt for g in train] == [STORIES[0][0], STORIES[3][0]]
+    assert [g.prompt for g in measured] == [STORIES[1][0], STORIES[2][0]] and not stop
+    train, stop, measured = split(config(source, model_folder, "run", eval_data=str(held_out)))
+    assert len(train) == len(stop) == 1 and len(measured) == 2
+    train, stop, measured = split(config(source, model_folder, "run"))
+    assert len(train) == 3 and stop == measured
+    with pytest.raises(ValueError, match="no response has a score that is left"):
+        split(config(source, model_folder, "run", eval_data=str(source)))
 
 
 def test_errors(model_folder, tmp_path):

@@ -26,12 +26,13 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=study.FOLDS)
     parser.add_argument("--write", action="store_true", help="the results files too")
     args = parser.parse_args()
-    methods = {name: study.METHODS[name] for name in args.methods}
     for fold in range(args.folds):
         start = time.perf_counter()
-        study.run_fold(args.data, fold, args.out, methods)
-        add_time(args.out / "seconds.json", f"fold{fold}", time.perf_counter() - start)
-    if args.folds < study.FOLDS or len(methods) < len(study.METHODS):
+        try:
+            study.run_fold(args.data, fold, args.out, args.methods)
+        finally:
+            add_time(args.out / "seconds.json", f"fold{fold}", time.perf_counter() - start)
+    if args.folds < study.FOLDS or len(args.methods) < len(study.METHODS):
         return
     result = {
         **card(),
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def add_time(path: Path, name: str, seconds: float) -> None:
-    """Of all runs together, where the study was stopped in between."""
+    """Of all runs together, where the study was interrupted in between (a kill loses its own time)."""
     before = read_json(path) if path.exists() else {}
     write_json(path, {**before, name: before.get(name, 0.0) + seconds})
 

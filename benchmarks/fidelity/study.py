@@ -20,11 +20,11 @@ from ddpo.train import train
 
 TEMPLATE = str(Path(__file__).parent / "template.jinja")
 FOLDS = 3
-MOST_RESPONSES, MOST_RATINGS = 24, 100  # of a prompt: for the policies, for the reward model
+MOST_RESPONSES, MOST_RATINGS = 24, 60  # of a prompt: for the policies, for the reward model
 NUM_SAMPLES, NEW_TOKENS = 16, 32
-SFT = {"lr": 5e-4, "epochs": 3, "batch_size": 16}
-PREFERENCE = {"lr": 5e-4, "max_steps": 84, "epochs": 50, "batch_size": 8, "warmup_steps": 5}
-REWARD = {"target": "linear", "lr": 3e-4, "epochs": 3, "batch_size": 16}
+SFT = {"lr": 5e-4, "epochs": 2, "batch_size": 16}
+PREFERENCE = {"lr": 5e-4, "max_steps": 56, "epochs": 50, "batch_size": 8, "warmup_steps": 5}
+REWARD = {"target": "linear", "lr": 5e-4, "epochs": 3, "batch_size": 16, "holdout": 0.0}
 HOT = 1.3  # temperature of the baseline that raises diversity without training
 
 PREPARED = {  # folder -> settings beside those that all share
@@ -56,9 +56,10 @@ METHODS = {
 }
 SAMPLED = {"base": (None, 1.0), **{name: (name, 1.0) for name in METHODS}, f"DPO, T {HOT}": ("DPO", HOT)}
 PEOPLE = "people"
+WATCHED = "DPO"  # the run whose held-out pairs are measured, before and after
 
 
-def run_fold(data: Path, fold: int, out: Path, methods: dict[str, Method]) -> None:
+def run_fold(data: Path, fold: int, out: Path, methods: list[str]) -> None:
     """Everything of a fold, into out/fold<fold>."""
     here = out / f"fold{fold}"
     write_fold(data, fold, here)
@@ -75,6 +76,8 @@ def run_fold(data: Path, fold: int, out: Path, methods: dict[str, Method]) -> No
     )
     score_file(here / f"{PEOPLE}.jsonl", reward_model)
     for name, (run, temperature) in SAMPLED.items():
+        if run in methods and METHODS[run].start:
+            train(train_config(here, METHODS[run].start, fold))
         if run in methods:
             train(train_config(here, run, fold))
         if run is None or run in methods:
@@ -117,13 +120,11 @@ def prepare_all(here: Path, fold: int) -> None:
 
 
 def train_config(here: Path, run: str, fold: int) -> TrainConfig:
-    """All preference runs take the same number of steps; held-out pairs are measured before and after."""
+    """All preference runs take the same number of steps."""
     method = METHODS[run]
-    settings = (
-        SFT
-        if method.method == "sft"
-        else {**PREFERENCE, "eval_data": str(here / "heldout"), "eval_every": PREFERENCE["max_steps"]}
-    )
+    settings = SFT if method.method == "sft" else PREFERENCE
+    if run == WATCHED:
+        settings = settings | {"eval_data": str(here / "heldout"), "eval_every": PREFERENCE["max_steps"]}
     return TrainConfig(
         data=str(here / method.data),
         out=str(here / "runs" / run),
@@ -166,8 +167,12 @@ def score_file(path: Path, reward_model: Path) -> None:
 
 def scored_groups(out: Path, name: str) -> list[Group]:
     """A method's responses to the held-out prompts of all folds, with their rewards."""
-    paths = [out / f"fold{fold}" / f"{_file(name)}-scored.jsonl" for fold in range(FOLDS)]
-    return [parse_group(row, where) for path in paths for where, row in read_jsonl(path)]
+    return [group for fold in range(FOLDS) for group in fold_groups(out, name, fold)]
+
+
+def fold_groups(out: Path, name: str, fold: int) -> list[Group]:
+    path = out / f"fold{fold}" / f"{_file(name)}-scored.jsonl"
+    return [parse_group(row, where) for where, row in read_jsonl(path)]
 
 
 def _file(name: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from benchmarks.fidelity import study
 from ddpo import metrics
 from ddpo.config import Measuring
+from ddpo.data.groups import read_jsonl
 from ddpo.evaluate import differences, median_words, summary
 from ddpo.files import read_json
 from ddpo.measuring import Measurer, quality_of
@@ -29,7 +30,6 @@ COLUMNS = {  # measure -> heading, decimals
     "style_diversity": ("style", 3),
     "semantic_diversity_cut": ("semantic, cut", 3),
     "semantic_diversity_good": ("semantic, good ones", 3),
-    "distinct_k": ("distinct_k", 1),
     "num_words": ("words", 1),
 }
 
@@ -44,7 +44,8 @@ def measure(out: Path, seed: int = 0) -> dict:
     measurer = Measurer(Measuring(text_measures=False))
     values = {name: measurer(groups, "reward", threshold, num_words) for name, groups in sets.items()}
     for per in values.values():
-        del per["vendi_score"]  # of sets of different sizes
+        del per["vendi_score"], per["distinct_k"]  # counts, of sets of different sizes
+    rated = [np.mean([r.score for r in group.responses]) for group in sets[study.PEOPLE]]
     return {
         "num_prompts": len(sets["base"]),
         "quality_threshold": threshold,
@@ -52,9 +53,11 @@ def measure(out: Path, seed: int = 0) -> dict:
         **summary(values, seed),
         "baselines": BASELINES,
         "differences": {n: differences(values[b], values[n], seed) for n, b in BASELINES.items()},
-        "people_rated": asdict(metrics.bootstrap([g.responses[0].score for g in sets[study.PEOPLE]], seed)),
+        "differences_by_fold": {n: by_fold(values[b], values[n], out) for n, b in BASELINES.items()},
+        "training": {name: _training(out, method) for name, method in study.METHODS.items()},
+        "people_rated": asdict(metrics.bootstrap(rated, seed)),
         "reward_model": [_reward(out / f"fold{fold}") for fold in range(study.FOLDS)],
-        "held_out_pairs": {run: _held_out_pairs(out, run) for run in study.METHODS if run != "SFT"},
+        "held_out_pairs": _held_out_pairs(out, study.WATCHED),
     }
 
 
@@ -63,14 +66,33 @@ def _reward(fold: Path) -> dict:
     return {name: value for name, value in found.items() if name != "calibration"}
 
 
+def by_fold(before: dict, after: dict, out: Path) -> dict[str, list[float]]:
+    """Mean differences of each fold: prompts of a fold share their models, so that these are the independent ones."""
+    sizes = [len(study.fold_groups(out, study.PEOPLE, fold)) for fold in range(study.FOLDS)]
+    ends = np.cumsum(sizes)[:-1]
+    return {
+        measure: [float(np.nanmean(part)) for part in np.split(after[measure] - before[measure], ends)]
+        for measure in COLUMNS
+    }
+
+
+def _training(out: Path, method: study.Method) -> dict:
+    """Pairs (SFT: responses) that a run has, summed over folds, and their passes."""
+    summaries = [
+        read_json(out / f"fold{fold}" / method.data / "manifest.json")["summary"] for fold in range(study.FOLDS)
+    ]
+    if method.method == "sft":
+        return {"items": sum(s["responses"] for s in summaries), "passes": study.SFT["epochs"]}
+    items = sum(s["pairs"] for s in summaries)
+    steps = study.PREFERENCE["max_steps"] * study.FOLDS
+    zero = sum(s["weights"]["zero_share"] * s["pairs"] for s in summaries) / items
+    return {"items": items, "passes": round(steps * study.PREFERENCE["batch_size"] / items, 1), "zero_share": zero}
+
+
 def _held_out_pairs(out: Path, run: str) -> dict:
     """Margin and accuracy on held-out pairs, before and after training, means over folds."""
-    import json
-
-    lines = [
-        [json.loads(line) for line in (out / f"fold{fold}" / "runs" / run / "eval.jsonl").read_text().splitlines()]
-        for fold in range(study.FOLDS)
-    ]
+    runs = [out / f"fold{fold}" / "runs" / run for fold in range(study.FOLDS)]
+    lines = [[row for _, row in read_jsonl(run / "eval.jsonl")] for run in runs]
     return {
         name: [float(np.mean([fold[at][f"eval_rewards/{name}"] for fold in lines])) for at in (0, -1)]
         for name in ("margins", "accuracies")

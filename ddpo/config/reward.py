@@ -37,11 +37,14 @@ class RewardConfig(Checked):
     max_length: int = 2048
     """Most tokens of prompt and response together; longer responses lose their end."""
     holdout: float = 0.1
-    """Share of the prompts held out, at least one."""
+    """Share of the prompts held out, at least one: training stops after a pass that does not better their loss, and the
+    best is kept. 0 (with eval_data): none, all passes are made."""
     eval_data: str | None = None
-    """Groups to measure on instead of held-out prompts."""
+    """Groups to measure on (`ddpo prepare`'s heldout.jsonl), whose prompts are left out of the source, so that the
+    reward model has not seen what the trained models are measured by. Without, it is measured on the prompts that
+    stopped it, which flatters it a little."""
     epochs: int = 3
-    """Most passes over the data; it stops after one that does not better the held-out loss, and the best is kept."""
+    """Most passes over the data."""
     batch_size: int = 4
     """Responses (bradley-terry: pairs) of a step and process."""
     lr: float = 3e-5

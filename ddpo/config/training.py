@@ -95,7 +95,8 @@ class TrainConfig(Checked):
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Names of the linear layers that get an adapter, or all-linear."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Of the model's weights; auto: bfloat16 on a GPU that has it, else float32."""
+    """Of the model's weights; auto: bfloat16 on a GPU that has it, but float32 for --no-lora and under --adapter, which
+    is merged into them."""
     drop_below: float | None = None
     """CPU: probabilities under it enter the gradient together, by a mean head row (0: exact). Default: 2^-16, an error
     under bfloat16 arithmetic's; 0 in float64, on GPUs and without the C++ kernels."""

@@ -71,8 +71,9 @@ def demo(cfg: DemoConfig) -> dict:
 def clear(out: Path) -> None:
     """Makes room for a new demo: an older demo's folder goes, anything else stays and is an error."""
     if out.exists() and any(out.iterdir()):
-        known = {"prepared", "run", "before.jsonl", "after.jsonl", "evaluation.json"}
-        strange = sorted(p.name for p in out.iterdir() if p.name not in known)
+        known = {"prepared", "run", "evaluation.json"}
+        known |= {f"{name}.{ending}" for name in ("before", "after") for ending in ("jsonl", "card.json")}
+        strange = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
         if strange:
             raise FileExistsError(f"{out} holds {', '.join(strange)}, which no demo wrote; give another --out")
         shutil.rmtree(out)

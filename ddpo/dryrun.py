@@ -10,6 +10,7 @@ from ddpo import distributed, log
 from ddpo.config import PlanConfig, TrainConfig
 from ddpo.data.prepared import Prepared
 from ddpo.data.tokens import ChatTokens
+from ddpo.loading import check_adapter
 from ddpo.objective import METHODS, is_weighted
 from ddpo.plan import plan
 from ddpo.schedule import MOST_TOKENS, Schedule, lr_at
@@ -28,9 +29,12 @@ def dry_run(cfg: TrainConfig, world: int) -> None:
     on_cpu = distributed.device().type == "cpu"
     data = Prepared(cfg.data)
     tokens = check_tokenizer(cfg, data)
-    schedule = Schedule(data, cfg, LEAST_TOKENS_CPU if on_cpu else MOST_TOKENS)
+    least_tokens = LEAST_TOKENS_CPU if on_cpu else MOST_TOKENS
+    schedule = Schedule(data, cfg, least_tokens)
     if cfg.eval_data:
-        check_held_out(cfg, data)
+        Schedule.of_all(check_held_out(cfg, data), cfg, least_tokens)
+    if cfg.adapter:
+        check_adapter(cfg.adapter)
     _say(to_yaml(replace(cfg, dry_run=False)))
     _say(*_steps(cfg, schedule), *_sample(cfg, schedule, tokens))
     if cfg.adapter and not Path(cfg.adapter).exists():
@@ -47,10 +51,10 @@ def _say(*lines: str) -> None:
 def _steps(cfg: TrainConfig, schedule: Schedule) -> list[str]:
     num, pool = schedule.num_steps, schedule.pool
     zero = f", {np.mean(pool.weight == 0):.0%} of them of weight 0" if is_weighted(cfg) else ""
-    first, last = (lr_at(step, num, cfg) for step in (0, num - 1))
+    lrs = [lr_at(step, num, cfg) for step in range(num)]
     return [
         f"steps          {num:,}, {schedule.epoch(num):.3g} epochs of {len(pool):,} {METHODS[cfg.method].item}s{zero}",
-        f"learning rate  {first:.3g} in the first, {cfg.lr:.3g} at the peak, {last:.3g} in the last",
+        f"learning rate  {lrs[0]:.3g} in the first, {max(lrs):.3g} at the peak, {lrs[-1]:.3g} in the last",
         "",
     ]
 
@@ -71,6 +75,6 @@ def _sample(cfg: TrainConfig, schedule: Schedule, tokens: ChatTokens) -> list[st
     rows = [row("prompt", data.prompt_ids(responses[0]))]
     for name, r in zip(names, responses, strict=True):
         note = "" if np.isnan(data.scores[r]) else f", score {data.scores[r]:g}"
-        note += f", weight {pool.weight[item]:.3f}" if name == "chosen" else ""
+        note += f", weight {pool.weight[item]:.3f}" if name == "chosen" and is_weighted(cfg) else ""
         rows.append(row(name, data.response_ids(r), note))
     return [*rows, ""]

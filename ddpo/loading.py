@@ -91,10 +91,15 @@ def load_model(name: str, adapter: str | None, dtype: str, device: torch.device)
     type it is not, see merged."""
     model = AutoModelForCausalLM.from_pretrained(find_model(name), dtype=pick_dtype(dtype, device))
     if adapter:
-        if not (Path(adapter) / "adapter_config.json").is_file() and Path(adapter).exists():
-            raise ValueError(f"{adapter} holds no LoRA adapter (no adapter_config.json)")
+        check_adapter(adapter)
         model = merged(PeftModel.from_pretrained(model, adapter))
     return model.to(device).eval()
+
+
+def check_adapter(name: str) -> None:
+    """Raises ValueError for a folder without an adapter; where there is none, it may be a hub name."""
+    if Path(name).exists() and not (Path(name) / "adapter_config.json").is_file():
+        raise ValueError(f"{name} holds no LoRA adapter (no adapter_config.json)")
 
 
 def merged(model: PeftModel):

@@ -153,6 +153,7 @@ def test_another_kind_of_checkpoint_is_refused(config):
     """Of one process, whose weights are whole, in two that hold shares."""
     cfg = config(batch_size=6, max_steps=2, lora=False)
     run_training(cfg)
+    (Path(cfg.out) / "model").rename(Path(cfg.out) / "first")  # else the run is finished
     out, _ = (process := launch(cfg, "--resume")).communicate(timeout=120)
     assert process.returncode != 0 and "holds copies of the weights, this run trains shares of the weights" in out
 

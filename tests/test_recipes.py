@@ -20,6 +20,10 @@ from ddpo.train import train as run_training
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 PREPARE = [path for path in RECIPES if path.stem.startswith("prepare-")]
 TRAIN = [path for path in RECIPES if path not in PREPARE]
+MODELS = {  # of a folder: the base, and the one whose tokenizer renders the texts
+    "llama-3.1-8b": ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"),
+    "mistral-7b-v0.3": ("mistralai/Mistral-7B-v0.3", "mistralai/Mistral-7B-Instruct-v0.3"),
+}
 RUNS = {"sft", "dpo", "divpo", "orpo"} | {f"{m}-{k}" for m in ("ddpo", "dorpo") for k in ("semantic", "style", "both")}
 
 
@@ -71,6 +75,13 @@ def test_dry_run(config, make_prepared, no_weights, capsys, tmp_path):
     assert "AdamW's moments" in out and "FLOP a step" in out, "the plan"
 
 
+def test_dry_run_tells_no_weight_and_no_peak_that_there_are_not(config, no_weights, capsys):
+    run_training(config(method="dpo", dry_run=True, max_steps=2, lr=1e-3, warmup_steps=4))
+    out = capsys.readouterr().out
+    assert "\nchosen         " in out and ", weight " not in out
+    assert "0.00025 in the first, 0.0005 at the peak, 0.0005 in the last" in out
+
+
 @pytest.mark.parametrize("method, item", [("sft", "responses"), ("gvpo", "groups")])
 def test_dry_run_of_other_items(config, no_weights, capsys, method, item):
     run_training(config(method=method, dry_run=True))
@@ -85,11 +96,14 @@ def test_dry_run_refuses_what_training_would(config, no_weights, tmp_path, make_
     tiny_model().config.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     cfg = config(dry_run=True)
+    unpaired = str(make_prepared([("A.", [("B c.", 1), ("D e.", None)])], out=str(tmp_path / "unpaired")).folder)
     for changes, message in (
         ({"model": str(tmp_path / "other")}, "which is not that of"),
         ({"data": str(tmp_path)}, "is no prepared folder"),
         ({"lora_targets": ("q",)}, "no linear layer is called"),
         ({"track": ("tensorbored",)}, "unknown tracker"),
+        ({"adapter": str(tmp_path / "other")}, "holds no LoRA adapter"),
+        ({"eval_data": unpaired}, "has no pairs to learn from"),
     ):
         with pytest.raises(ValueError, match=message):
             run_training(replace(cfg, **changes))
@@ -107,7 +121,7 @@ def test_dry_run_refuses_what_training_would(config, no_weights, tmp_path, make_
 
 
 def test_there_is_one_for_each_run():
-    for model in ("llama-3.1-8b", "mistral-7b-v0.3"):
+    for model in MODELS:
         assert {path.stem for path in TRAIN if path.parent.name == model} == RUNS
         found = {path.stem for path in PREPARE if path.parent.name == model}
         assert found == {f"prepare-{k}" for k in ("semantic", "style", "both", "divpo")}
@@ -116,34 +130,56 @@ def test_there_is_one_for_each_run():
 @pytest.mark.parametrize("path", PREPARE, ids=name_of)
 def test_prepare_recipes_load(path):
     cfg = parse(PrepareConfig, ["--config", str(path)], "ddpo prepare", "source")
-    kind = path.stem.removeprefix("prepare-")
-    assert cfg.out == f"prepared/{path.parent.name}/{kind}"
-    assert cfg.measures == {"semantic": ("semantic",), "style": ("style",)}.get(kind, ("semantic", "style"))
-    assert (cfg.pairs, cfg.gap) == ("divpo" if kind == "divpo" else "gap", 5.0)
-    assert (cfg.max_length, cfg.holdout, cfg.source) == (2048, 0.1, "euclaise/WritingPrompts_preferences")
-    if "semantic" in cfg.measures:
-        found = (cfg.semantic, cfg.semantic_task, cfg.trust_remote_code)
-        assert found == ("jinaai/jina-embeddings-v3", "text-matching", True)
-    if "style" in cfg.measures:
-        assert cfg.style == "AnnaWegmann/Style-Embedding"
+    folder, kind = path.parent.name, path.stem.removeprefix("prepare-")
+    measures = {"semantic": ("semantic",), "style": ("style",)}.get(kind, ("semantic", "style"))
+    encoders = {}
+    if "semantic" in measures:
+        encoders |= {"semantic": "jinaai/jina-embeddings-v3", "semantic_task": "text-matching"}
+        encoders |= {"trust_remote_code": True}
+    if "style" in measures:
+        encoders |= {"style": "AnnaWegmann/Style-Embedding"}
+    assert cfg == PrepareConfig(
+        source="euclaise/WritingPrompts_preferences",
+        out=f"prepared/{folder}/{kind}",
+        model=MODELS[folder][1],
+        pairs="divpo" if kind == "divpo" else "gap",
+        gap=5.0,
+        max_length=2048,
+        holdout=0.1,
+        measures=measures,
+        seed=0,
+        **encoders,
+    )
     assert launched(path) == ["-m", "ddpo", "prepare", "--config", name_of(path)]
 
 
 @pytest.mark.parametrize("path", TRAIN, ids=name_of)
 def test_train_recipes_dry_run(path, prepared_folder, base_folder, no_weights, capsys, tmp_path):
-    """With the paper's settings; data and adapter are what another recipe makes."""
+    """With the paper's settings, as folder and name say; data and adapter are what another recipe makes."""
     cfg = parse(TrainConfig, ["--config", str(path)], "ddpo train", "data")
-    name = path.parent.name
-    assert Path(cfg.data) in {Path(f"prepared/{name}/{k}") for k in ("semantic", "style", "both", "divpo")}
-    assert cfg.out == f"runs/{name}/{path.stem}"
-    odds = cfg.method in ("orpo", "dorpo")
-    assert cfg.adapter == (None if odds or cfg.method == "sft" else f"runs/{name}/sft/adapter")
-    assert (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.batch_size) == (128, 256, ("q_proj", "v_proj"), 12)
-    if cfg.method == "sft":
-        paper = (1, 3e-5, "cosine", 0.5, 500)
+    folder, (method, _, kind) = path.parent.name, path.stem.partition("-")
+    if method == "divpo":
+        method, kind = "dpo", "divpo"
+    if method == "sft":
+        paper = {"epochs": 1, "lr": 3e-5, "lr_schedule": "cosine", "min_lr": 0.5, "warmup_steps": 500}
     else:
-        paper = (4 if odds else 3, 5e-6, "linear", 0.0, 0)
-    assert (cfg.epochs, cfg.lr, cfg.lr_schedule, cfg.min_lr, cfg.warmup_steps) == paper
+        paper = {"epochs": 3, "lr": 5e-6, "beta": 0.1, "adapter": f"runs/{folder}/sft/adapter"}
+    if method in ("orpo", "dorpo"):
+        paper |= {"epochs": 4, "beta": 0.25, "adapter": None}
+    assert cfg == TrainConfig(
+        data=f"prepared/{folder}/{kind or 'both'}",
+        out=f"runs/{folder}/{path.stem}",
+        model=MODELS[folder][0],
+        method=method,
+        batch_size=12,
+        lora_r=128,
+        lora_alpha=256,
+        lora_targets=("q_proj", "v_proj"),
+        lora_dropout=0.0,
+        dtype="auto",
+        seed=0,
+        **paper,
+    )
     assert launched(path) == ["-m", "ddpo.train", "--config", name_of(path)]
     instead = ["--data", prepared_folder, "--model", base_folder, "--out", str(tmp_path / "run")]
     main(["train", "--config", str(path), *instead, "--dry-run"])

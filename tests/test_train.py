@@ -69,7 +69,7 @@ def test_four_micro_batches_of_two_equal_one_of_eight(config, tmp_path, model_fo
 
 
 def test_methods_that_are_another_by_their_settings(config):
-    """Weighted DPO is DDPO, smoothing nothing DPO, both bit for bit; SPL with alpha = beta is DPO."""
+    """Weighted DPO is DDPO bit for bit, labels smoothed in both; SPL with alpha = beta is DPO."""
     ddpo, weighted, dpo, spl = (
         config(epochs=2, batch_size=4, **changes)
         for changes in (

@@ -1,9 +1,22 @@
 """Settings of training and of what is asked about a training run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from ddpo.config.checked import Checked
+
+_READ_BY = {  # options that only some methods read
+    "weighted": "dpo ddpo orpo dorpo spl ipo simpo".split(),
+    "beta": "dpo ddpo orpo dorpo spl ipo simpo gvpo".split(),
+    "label_smoothing": ["dpo", "ddpo"],
+    "alpha": ["spl"],
+    "gamma": ["simpo"],
+    "ipo_logp": ["ipo"],
+    "gvpo_norm": ["gvpo"],
+    "nll_mean": ["orpo", "dorpo"],
+    "nll_tokens": ["orpo", "dorpo"],
+    "dorpo_weight": ["dorpo"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +145,13 @@ class TrainConfig(Checked):
             raise ValueError(f"config: gamma must be at least 0, got {self.gamma}")
         if self.method == "spl" and self.alpha is None:
             raise ValueError("config: method spl needs alpha, above beta for more diversity (equal to it, it is DPO)")
+        for field in fields(TrainConfig):
+            methods = _READ_BY.get(field.name, [self.method])
+            if self.method not in methods and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"config: {field.name} does nothing under method {self.method}, got {getattr(self, field.name)!r}; "
+                    f"leave it out (it is for {', '.join(methods)})"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,10 +70,13 @@ def by_fold(before: dict, after: dict, out: Path) -> dict[str, list[float]]:
     """Mean differences of each fold: prompts of a fold share their models, so that these are the independent ones."""
     sizes = [len(study.fold_groups(out, study.PEOPLE, fold)) for fold in range(study.FOLDS)]
     ends = np.cumsum(sizes)[:-1]
-    return {
-        measure: [float(np.nanmean(part)) for part in np.split(after[measure] - before[measure], ends)]
-        for measure in COLUMNS
-    }
+    return {measure: [_mean(part) for part in np.split(after[measure] - before[measure], ends)] for measure in COLUMNS}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Over the prompts where it is defined; None where it is in none."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else None
 
 
 def _training(out: Path, name: str) -> dict:

@@ -2,6 +2,7 @@
 
 import signal
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ def check_run(cfg: TrainConfig) -> Path:
     run = Path(cfg.out)
     if cfg.resume and (run / "config.yaml").is_file():
         begun = yaml.safe_load((run / "config.yaml").read_text())
-        usual = yaml.safe_load(to_yaml(TrainConfig(data=cfg.data, out=cfg.out)))
+        usual = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(cfg)}
         before = usual | begun  # an option that there was not yet when the run began was at its default
         now = yaml.safe_load(to_yaml(cfg))
         changed = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]

@@ -115,9 +115,8 @@ def tokenise(folder: Path, cfg: PrepareConfig, tokens: ChatTokens) -> Parts:
         parts = Parts(folder)
         if not parts.num_groups:
             raise ValueError(f"{cfg.source}: no response is left; dropped: {dict(parts.dropped)}")
-    except ValueError:  # of the source, which must change: parts of it would be of no use
-        if not any(folder.glob("[!.]*/counts.json")):
-            shutil.rmtree(folder, ignore_errors=True)
+    except ValueError:  # of the source, which must change; what was made of it is of no use
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     return parts
 

@@ -10,10 +10,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenalty
 
 from ddpo import __version__, distributed, log
 from ddpo.config import GenerateConfig
-from ddpo.data.groups import Prompt, read_prompts, write_jsonl
+from ddpo.data.groups import Prompt, read_prompts
 from ddpo.data.tokens import ChatTokens
-from ddpo.files import new_file, sha256
-from ddpo.ledger import Ledger, is_made, write_card
+from ddpo.files import sha256
+from ddpo.ledger import Ledger, is_made, job_id
 from ddpo.loading import find_model, identity, load_model
 
 NOT_OF_THE_TEXT = ("prompts", "out", "chat_template", "batch_size", "temperatures", "resume", "overwrite")
@@ -42,13 +42,10 @@ def generate(cfg: GenerateConfig) -> list[Path]:
     for c, key in to_do:
         ledger = Ledger(Path(c.out), key)
         for found in each_batch(model, tokens, prompts, c, ledger.done):
-            ledger.add({_id(*job): response for job, response in found.items()})
+            ledger.add({job_id(*job): response for job, response in found.items()})
         done = ledger.collect()
         if distributed.is_first():
-            write_card(Path(c.out), key)
-            with new_file(c.out) as draft:
-                write_jsonl(draft, _rows(prompts, done, c.num_samples))
-            ledger.remove()
+            ledger.finish(_rows(prompts, done, c.num_samples))
         log.console.print(f"wrote {len(prompts)} x {c.num_samples} responses to {c.out}")
     distributed.barrier()
     return [Path(c.out) for c in cfgs]
@@ -59,32 +56,24 @@ def _name(out: str, temperature: float) -> str:
     return str(Path(out).with_stem(f"{Path(out).stem}-t{temperature:g}"))
 
 
-def _id(prompt: int, sample: int) -> str:
-    return f"{prompt}.{sample}"
-
-
 def _rows(prompts, samples, num_samples):
-    return ({"prompt": p, "responses": [samples[_id(i, k)] for k in range(num_samples)]} for i, p in enumerate(prompts))
-
-
-def sample(model, tokens: ChatTokens, prompts: list[Prompt], cfg: GenerateConfig) -> list[list[dict]]:
-    """Responses (text, score, finished) of each prompt; finished is false where max_new_tokens cut it off."""
-    found = {job: response for batch in each_batch(model, tokens, prompts, cfg, {}) for job, response in batch.items()}
-    return [[found[i, k] for k in range(cfg.num_samples)] for i in range(len(prompts))]
+    for i, prompt in enumerate(prompts):
+        yield {"prompt": prompt, "responses": [samples[job_id(i, k)] for k in range(num_samples)]}
 
 
 @torch.inference_mode()
 def each_batch(
     model, tokens: ChatTokens, prompts: list[Prompt], cfg: GenerateConfig, done: dict[str, dict]
 ) -> Iterator[dict[tuple[int, int], dict]]:
-    """Responses by (prompt, sample), a batch at a time, but those that are done; this process's share of them.
+    """Responses (text, score, finished) by (prompt, sample), a batch at a time, but those that are done; this process's
+    share of them. finished is false where max_new_tokens cut it off.
 
     Prompts of similar length share a batch, padded on the left.
     """
     rank, world = distributed.start()
     prompt_ids = [tokens.prompt_ids(p) for p in prompts]
     by_length = np.argsort([len(ids) for ids in prompt_ids], kind="stable").tolist()
-    jobs = [(i, k) for i in by_length for k in range(cfg.num_samples) if _id(i, k) not in done]
+    jobs = [(i, k) for i in by_length for k in range(cfg.num_samples) if job_id(i, k) not in done]
     own = model.generation_config.eos_token_id
     stop_ids = sorted({*tokens.stop_ids(), *(own if isinstance(own, list) else [] if own is None else [own])})
     with log.progress() as bar:

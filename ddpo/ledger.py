@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from ddpo import distributed, log
-from ddpo.files import read_json, write_json
+from ddpo.data.groups import write_jsonl
+from ddpo.files import new_file, read_json, write_json
 
 
 class Ledger:
@@ -17,7 +19,8 @@ class Ledger:
 
     def __init__(self, out: Path, key: dict):
         rank, _ = distributed.start()
-        self._out, self._key = out, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        self._out, self._made_from = out, key
+        self._key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.done = distributed.from_first(self._read())  # one look at the folder: all share out the same jobs
         if self.done:
             log.console.print(f"{out}: {len(self.done)} results of a run that was stopped are taken up")
@@ -53,7 +56,11 @@ class Ledger:
         self.done = self._read()
         return self.done
 
-    def remove(self) -> None:
+    def finish(self, rows: Iterable[dict]) -> None:
+        """Writes the output as JSON lines, its card before it; the results' files go. For the first process alone."""
+        write_card(self._out, self._made_from)
+        with new_file(self._out) as draft:
+            write_jsonl(draft, rows)
         for path in self._parts():
             path.unlink()
 
@@ -77,6 +84,10 @@ class Ledger:
             name, result = json.loads(line)
             results[name], at = result, at + len(line)
         return results, at
+
+
+def job_id(group: int, response: int) -> str:
+    return f"{group}.{response}"
 
 
 # --- the card of what was made ----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from rich.markup import escape
 from ddpo import __version__, distributed, log
 from ddpo.config import PrepareConfig
 from ddpo.data import prepared
-from ddpo.data.groups import write_jsonl
+from ddpo.data.groups import held_out, write_jsonl
 from ddpo.data.importers import identity
 from ddpo.data.pairs import all_pairs, at_most, divpo_pairs, gap_pairs
 from ddpo.data.parts import Part, Parts, fit, forget, source_groups, tokenise, work_folder
@@ -103,7 +103,8 @@ def _plain(value):
 def assemble(draft: Path, parts: Parts, measures: dict, cfg: PrepareConfig, manifest: dict) -> dict:
     """Pairs and weighs part by part and fills the draft; returns the summary. All processes encode, the first alone
     writes."""
-    first, summary, heldout = distributed.is_first(), Summary(parts.dropped), split_off(parts.num_groups, cfg)
+    first, summary = distributed.is_first(), Summary(parts.dropped)
+    heldout = held_out(parts.num_groups, cfg.holdout, cfg.seed)
     num_read, num_kept, pairs, weightings = 0, 0, [], []  # groups
     if first:
         shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
@@ -136,12 +137,6 @@ def assemble(draft: Path, parts: Parts, measures: dict, cfg: PrepareConfig, mani
     told = summary.told(len(heldout), cfg.gap if cfg.pairs == "gap" else None) | {"weights": report_of(weighting)}
     writer.finish(np.concatenate(pairs), weighting, {**manifest, "summary": told})
     return told
-
-
-def split_off(num_groups: int, cfg: PrepareConfig) -> set[int]:
-    """The groups to hold out; seeded."""
-    num_out = min(round(num_groups * cfg.holdout), num_groups - 1)
-    return set(np.random.default_rng([cfg.seed, 1]).permutation(num_groups)[:num_out].tolist())
 
 
 def pair_part(part: Part, num_before: int, embeddings: dict, cfg: PrepareConfig, dropped: Counter):

@@ -1,7 +1,6 @@
 """`ddpo reward`: trains a reward model on people's scores, by transformers' Trainer, and measures it on held-out
 prompts."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,12 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from ddpo import distributed, log
 from ddpo.config import RewardConfig
-from ddpo.data.groups import Group
+from ddpo.data.groups import Group, held_out, prompt_key
 from ddpo.data.importers import identity, read_groups
 from ddpo.data.pairs import all_pairs
 from ddpo.files import new_file, read_json, write_json
 from ddpo.layers import speed_up
-from ddpo.loading import add_lora, find_model, load_classifier, load_tokenizer, save_model
+from ddpo.loading import add_lora, load_classifier, load_tokenizer, save_model
 from ddpo.reward_model import Reader, RewardModel, Target, describe, padded
 from ddpo.run import begin_run, check_run
 
@@ -33,7 +32,7 @@ def reward(cfg: RewardConfig) -> Path:
     if world == 1 and torch.cuda.device_count() > 1:
         raise RuntimeError("reward: this machine has several GPUs; take one (CUDA_VISIBLE_DEVICES=0) or torchrun")
     run = check_run(cfg)
-    data = {name: distributed.from_first(identity(path, cfg.split)) for name, path in _inputs(cfg).items()}
+    data = distributed.from_first(inputs(cfg) if distributed.is_first() else None)
     check_data(run, data)
     if distributed.from_first((run / "evaluation.json").is_file()):
         log.console.print(f"{run} is finished already")
@@ -44,10 +43,10 @@ def reward(cfg: RewardConfig) -> Path:
     if distributed.is_first():
         begin_run(cfg, run)
         write_json(run / "data.json", data)
-    tokenizer = load_tokenizer(find_model(cfg.model))
+    tokenizer = load_tokenizer(cfg.model)
     read = Reader(tokenizer, cfg.max_length)
     target = Target.fit(cfg.target, all_scores(train_groups)) if cfg.loss == "l1" else None
-    model = load_classifier(find_model(cfg.model), None, "float32", torch.device("cpu"), fresh=True)
+    model = load_classifier(cfg.model, None, "float32", torch.device("cpu"), fresh=True)
     model = add_lora(model, cfg.lora_r, cfg.lora_alpha, 0.0, cfg.lora_targets, cfg.seed, task="SEQ_CLS")
     speed_up(model)
     trainer = Judge(
@@ -61,7 +60,7 @@ def reward(cfg: RewardConfig) -> Path:
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(run))
     model = trainer.model.eval()
-    found = evaluate(RewardModel(model, read, str(run))(eval_groups), eval_groups, target)
+    found = evaluate(RewardModel(model, read)(eval_groups), eval_groups, target)
     if distributed.is_first():
         save_model(model, run, tokenizer, None)
         describe(run / "adapter", cfg.model, cfg.loss, target, cfg.max_length)
@@ -76,8 +75,10 @@ def reward(cfg: RewardConfig) -> Path:
 # --- data -------------------------------------------------------------------------------------------------
 
 
-def _inputs(cfg: RewardConfig) -> dict[str, str]:
-    return {"source": cfg.source} | ({"eval_data": cfg.eval_data} if cfg.eval_data else {})
+def inputs(cfg: RewardConfig) -> dict[str, str]:
+    """What changes when the content of what it reads does."""
+    paths = {"source": cfg.source} | ({"eval_data": cfg.eval_data} if cfg.eval_data else {})
+    return {name: identity(path, cfg.split) for name, path in paths.items()}
 
 
 def check_data(run: Path, data: dict) -> None:
@@ -91,8 +92,8 @@ def split(cfg: RewardConfig) -> tuple[list[Group], list[Group], list[Group]]:
     groups, measured = scored(read_groups(cfg.source, cfg.format, cfg.split)[0]), None
     if cfg.eval_data:
         measured = scored(read_groups(cfg.eval_data, "auto", cfg.split)[0])
-        asked = {_key(group) for group in measured}
-        num, groups = len(groups), [group for group in groups if _key(group) not in asked]
+        asked = {prompt_key(group.prompt) for group in measured}
+        num, groups = len(groups), [group for group in groups if prompt_key(group.prompt) not in asked]
         log.console.print(f"{num - len(groups)} of {num} prompts are left out: they are in {cfg.eval_data}")
         if not groups or not measured:
             raise ValueError(f"{cfg.eval_data if groups else cfg.source}: no response has a score that is left to use")
@@ -100,14 +101,9 @@ def split(cfg: RewardConfig) -> tuple[list[Group], list[Group], list[Group]]:
         return groups, [], measured
     if len(groups) < 2:
         raise ValueError(f"{cfg.source}: {len(groups)} prompts have scores; wanted 2 or more, one to hold out")
-    num_out = min(max(1, round(len(groups) * cfg.holdout)), len(groups) - 1)
-    out = set(np.random.default_rng([cfg.seed, 1]).permutation(len(groups))[:num_out].tolist())
-    held_out = [groups[i] for i in sorted(out)]
-    return [group for i, group in enumerate(groups) if i not in out], held_out, measured or held_out
-
-
-def _key(group: Group) -> str:
-    return json.dumps(group.prompt, sort_keys=True)
+    out = held_out(len(groups), cfg.holdout, cfg.seed, least=1)
+    stop = [groups[i] for i in sorted(out)]
+    return [group for i, group in enumerate(groups) if i not in out], stop, measured or stop
 
 
 def scored(groups: list[Group]) -> list[Group]:

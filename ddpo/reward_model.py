@@ -80,11 +80,10 @@ class Reader:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """model: a classifier in evaluation mode; read: see Reader; name: of its weights, for messages."""
+    """model: a classifier in evaluation mode; read: see Reader."""
 
     model: torch.nn.Module
     read: Reader
-    name: str
 
     @classmethod
     def load(cls, name: str, dtype: str, device: torch.device, max_length: int = 2048) -> "RewardModel":
@@ -95,10 +94,10 @@ class RewardModel:
         folder = adapter_of(name)
         if folder is None:
             model = load_classifier(name, None, dtype, device)
-            return cls(model, Reader(load_tokenizer(name), max_length, chat=True), name)
+            return cls(model, Reader(load_tokenizer(name), max_length, chat=True))
         made = read_json(folder / FILE)
         model = load_classifier(made["model"], str(folder), dtype, device)
-        return cls(model, Reader(load_tokenizer(str(folder)), made["max_length"]), str(folder))
+        return cls(model, Reader(load_tokenizer(str(folder)), made["max_length"]))
 
     def each(self, ids: list[list[int]], max_tokens: int) -> Iterator[tuple[list[int], np.ndarray]]:
         """(which, their rewards (b,) float64) of texts by their token ids, a batch of similar lengths at a time."""

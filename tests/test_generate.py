@@ -11,12 +11,16 @@ from ddpo.config import GenerateConfig
 from ddpo.data.groups import read_jsonl
 from ddpo.data.tokens import ChatTokens
 from ddpo.files import read_json
-from ddpo.generate import Draw, generate, sample
+from ddpo.generate import Draw, each_batch, generate
 from ddpo.ledger import Ledger
 from ddpo.loading import load_model
 from ddpo.train import train
 
 PROMPTS = [prompt for prompt, _ in STORIES] + ["A much longer prompt, so that the others are padded beside it."]
+
+
+def sample(*given):
+    return {job: response for batch in each_batch(*given, {}) for job, response in batch.items()}
 
 
 def sampling(**changes):
@@ -27,8 +31,8 @@ def sampling(**changes):
 def test_batch_size_does_not_change_the_text(changes):
     model, tokens = tiny_model().eval(), ChatTokens(tiny_tokenizer())
     one, many = (sample(model, tokens, PROMPTS, sampling(batch_size=b, **changes)) for b in (1, 64))
-    assert one == many and len(one) == 5 and all(len(group) == 3 for group in one)
-    assert len({r["text"] for group in one for r in group}) > 10 and all(r["text"] for group in one for r in group)
+    assert one == many and one.keys() == {(i, k) for i in range(5) for k in range(3)}
+    assert len({r["text"] for r in one.values()}) > 10 and all(r["text"] for r in one.values())
     assert sample(model, tokens, PROMPTS, sampling(seed=1, **changes)) != one
 
 

@@ -19,8 +19,8 @@ def test_results_are_kept(tmp_path):
     second.add({"d": {"x": 4}})
     assert second.collect() == {"a": {"x": 1}, "b": {"x": 2}, "d": {"x": 4}}
     assert Ledger(out, {"seed": 1}).done == {}  # other settings: begun anew
-    second.remove()
-    assert not list(tmp_path.iterdir())
+    second.finish([{"x": 1}])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.card.json", "out.jsonl"]
 
 
 def test_a_whole_line_without_its_end_is_torn(tmp_path):

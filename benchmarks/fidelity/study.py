@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpo.config import GenerateConfig, PrepareConfig, RewardConfig, ScoreConfig, TrainConfig
-from ddpo.data.groups import Group, group_row, parse_group, read_jsonl
+from ddpo.data.groups import Group, group_row, read_groups_file
 from ddpo.files import new_file
 from ddpo.generate import generate
 from ddpo.prepare import prepare
@@ -88,7 +88,7 @@ def run_fold(data: Path, fold: int, out: Path, methods: list[str]) -> None:
 def write_fold(data: Path, fold: int, here: Path) -> None:
     """The fold's groups: train.jsonl, ratings.jsonl and of the held-out prompts heldout.jsonl, heldout-ratings.jsonl
     and people.jsonl (as many answers as a model gives)."""
-    groups = [parse_group(row, where) for where, row in read_jsonl(data)]
+    groups = read_groups_file(str(data))
     held_out = set(np.random.default_rng(0).permutation(len(groups))[fold::FOLDS].tolist())
     files = {
         "train": (False, MOST_RESPONSES),
@@ -171,8 +171,7 @@ def scored_groups(out: Path, name: str) -> list[Group]:
 
 
 def fold_groups(out: Path, name: str, fold: int) -> list[Group]:
-    path = out / f"fold{fold}" / f"{_file(name)}-scored.jsonl"
-    return [parse_group(row, where) for where, row in read_jsonl(path)]
+    return read_groups_file(str(out / f"fold{fold}" / f"{_file(name)}-scored.jsonl"))
 
 
 def _file(name: str) -> str:

@@ -45,6 +45,7 @@ def measure(out: Path, seed: int = 0) -> dict:
     values = {name: measurer(groups, "reward", threshold, num_words) for name, groups in sets.items()}
     for per in values.values():
         del per["vendi_score"], per["distinct_k"]  # counts, of sets of different sizes
+    ends = np.cumsum([len(study.fold_groups(out, study.PEOPLE, fold)) for fold in range(study.FOLDS)])[:-1]
     rated = [np.mean([r.score for r in group.responses]) for group in sets[study.PEOPLE]]
     return {
         "num_prompts": len(sets["base"]),
@@ -53,7 +54,7 @@ def measure(out: Path, seed: int = 0) -> dict:
         **summary(values, seed),
         "baselines": BASELINES,
         "differences": {n: differences(values[b], values[n], seed) for n, b in BASELINES.items()},
-        "differences_by_fold": {n: by_fold(values[b], values[n], out) for n, b in BASELINES.items()},
+        "differences_by_fold": {n: by_fold(values[b], values[n], ends) for n, b in BASELINES.items()},
         "training": {name: _training(out, name) for name in study.METHODS},
         "people_rated": asdict(metrics.bootstrap(rated, seed)),
         "reward_model": [_reward(out / f"fold{fold}") for fold in range(study.FOLDS)],
@@ -66,10 +67,9 @@ def _reward(fold: Path) -> dict:
     return {name: value for name, value in found.items() if name != "calibration"}
 
 
-def by_fold(before: dict, after: dict, out: Path) -> dict[str, list[float]]:
-    """Mean differences of each fold: prompts of a fold share their models, so that these are the independent ones."""
-    sizes = [len(study.fold_groups(out, study.PEOPLE, fold)) for fold in range(study.FOLDS)]
-    ends = np.cumsum(sizes)[:-1]
+def by_fold(before: dict, after: dict, ends: np.ndarray) -> dict[str, list[float | None]]:
+    """Mean differences of each fold: prompts of a fold share their models, so that these are the independent ones.
+    ends: of the folds' prompts, but the last."""
     return {measure: [_mean(part) for part in np.split(after[measure] - before[measure], ends)] for measure in COLUMNS}
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 Prompt = str | list[dict]
 
 
@@ -148,6 +150,17 @@ def check_same_prompts(a: list[Group], b: list[Group], files: str) -> None:
         raise ValueError(
             f"{files} hold other prompts: {len(a)} and {len(b)} of them; wanted the same in the same order"
         )
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """The same for equal prompts."""
+    return json.dumps(prompt, sort_keys=True)
+
+
+def held_out(num_groups: int, share: float, seed: int, least: int = 0) -> set[int]:
+    """The groups to hold out, at least so many, never all; seeded."""
+    num = min(max(least, round(num_groups * share)), num_groups - 1)
+    return set(np.random.default_rng([seed, 1]).permutation(num_groups)[:num].tolist())
 
 
 def group_row(group: Group) -> dict:

@@ -5,13 +5,22 @@ preference       TRL's rows prompt, chosen, rejected (text or messages); their p
 writing_prompts  r/WritingPrompts posts: post_title, post_text, comment_texts[], comment_scores[]
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ddpo.data.groups import Group, Prompt, Response, check_prompt, check_score, check_text, parse_group, read_jsonl
+from ddpo.data.groups import (
+    Group,
+    Prompt,
+    Response,
+    check_prompt,
+    check_score,
+    check_text,
+    parse_group,
+    prompt_key,
+    read_jsonl,
+)
 from ddpo.files import hash_of_all
 
 KEYS = {  # format -> the keys that tell it
@@ -130,7 +139,7 @@ def _merge_preferences(rows: Iterator[tuple[str, dict]]) -> list[Group]:
     merged: dict[str, tuple] = {}  # prompt -> prompt, where, {text: index}, pairs
     for where, row in rows:
         prompt, chosen, rejected = preference_of(row, where)
-        key = json.dumps(prompt, sort_keys=True)
+        key = prompt_key(prompt)
         _, _, index, pairs = merged.setdefault(key, (prompt, where, {}, []))
         pairs.append(tuple(index.setdefault(text, len(index)) for text in (chosen, rejected)))
     return [

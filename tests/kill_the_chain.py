@@ -66,7 +66,7 @@ def main() -> None:
             process.wait()
             again, told = finish(command, killed), (killed / "output.txt").stat().st_size
             nothing = finish(command, killed)
-            last = (killed / "output.txt").read_text()[told:]
+            last = (killed / "output.txt").read_bytes()[told:].decode(errors="replace")
             assert command[0] == "evaluate" or any(words in last for words in NOTHING_TO_DO), last
             print(
                 f"{command[0]:<9} {seconds:6.1f} s; killed at {args.at:.0%}, again {again:6.1f} s, "

@@ -20,9 +20,9 @@ from pathlib import Path
 CHAIN = """
 prepare DATA --out prepared --gap 1 --holdout 0.3 --max-responses 16 --embeddings kept --resume
 reward DATA --out reward --eval-data prepared/heldout.jsonl --target linear --lr 3e-4 --batch-size 16 --resume
-train prepared --out sft --method sft --lr 5e-4 --batch-size 16 --save-every 2 --resume
-train prepared --out ddpo --method ddpo --adapter sft/adapter --lr 2e-4 --save-every 2 --max-steps 10 --resume
-generate prepared/heldout.jsonl --out after.jsonl --adapter ddpo/adapter --max-new-tokens 24 --batch-size 8 --resume
+train prepared --out runs/sft --method sft --lr 5e-4 --batch-size 16 --save-every 2 --resume
+train prepared --out runs/ddpo --method ddpo --adapter runs/sft/adapter --lr 2e-4 --save-every 2 --max-steps 10 --resume
+generate prepared/heldout.jsonl --out after.jsonl --adapter runs/ddpo/adapter --max-new-tokens 8 --batch-size 8 --resume
 score after.jsonl --reward reward --out after-scored.jsonl --resume
 evaluate after-scored.jsonl --out numbers.json --embeddings kept
 """

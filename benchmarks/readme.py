@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import tables
+from benchmarks.fidelity import table as fidelity_table
 from ddpo.evaluate import MEASURES, table
 from ddpo.files import read_json
 
@@ -79,7 +80,25 @@ def gpu() -> str:
     return tables.gpu_readme(read_json(ROOT / "benchmarks" / "results" / "gpu_model.json"))
 
 
-BLOCKS = {f.__name__: f for f in (demo, ops, step, scaling, memory, deviation, gpu)}
+def fidelity() -> str:
+    """The method at a small scale: every run's measures, and its differences to its baseline."""
+    result = read_json(ROOT / "benchmarks" / "results" / "fidelity.json")
+    models = result["reward_model"]
+    rank = ", ".join(f"{model['spearman_within_prompts']:.2f}" for model in models)
+    margin, accuracy = (result["held_out_pairs"][name] for name in ("margins", "accuracies"))
+    notes = [
+        f"{result['num_prompts']} held-out prompts x {result['settings']['num_samples']} responses; mean ± half the",
+        "95 % interval over prompts; bold: p < 0.05 by a sign-flip test over prompts, not corrected for their number.",
+        f"Quality: reward models, one a fold, whose rank correlation within held-out prompts is {rank}.",
+        f"DPO's margin on held-out pairs went from {margin[0]:+.2f} to {margin[1]:+.2f}, its accuracy from",
+        f"{accuracy[0]:.2f} to {accuracy[1]:.2f}. {result['minutes']:.0f} minutes on two CPU cores, torch",
+        f"{result['versions']['torch']}, commit {result['commit']}, seeds 0 to {result['settings']['folds'] - 1}:",
+        "`benchmarks/results/fidelity.json`.",
+    ]
+    return fidelity_table.markdown(result) + "\n\n" + " ".join(notes)
+
+
+BLOCKS = {f.__name__: f for f in (demo, fidelity, ops, step, scaling, memory, deviation, gpu)}
 
 
 def render(text: str) -> str:

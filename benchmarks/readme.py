@@ -10,7 +10,6 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import tables
-from benchmarks.fidelity import table as fidelity_table
 from ddpo.evaluate import MEASURES, table
 from ddpo.files import read_json
 
@@ -81,21 +80,8 @@ def gpu() -> str:
 
 
 def fidelity() -> str:
-    """The method at a small scale: every run's measures, and its differences to its baseline."""
-    result = read_json(ROOT / "benchmarks" / "results" / "fidelity.json")
-    models = result["reward_model"]
-    rank = ", ".join(f"{model['spearman_within_prompts']:.2f}" for model in models)
-    margin, accuracy = (result["held_out_pairs"][name][-1] for name in ("margins", "accuracies"))
-    notes = [
-        f"{result['num_prompts']} held-out prompts x {result['settings']['num_samples']} responses; mean ± half the",
-        "95 % interval over prompts; bold: p < 0.05 by a sign-flip test over prompts, not corrected for their number.",
-        f"Quality: reward models, one a fold, whose rank correlation within held-out prompts is {rank}.",
-        f"DPO's margin on held-out pairs rose from 0 to {margin:+.2f}, with {100 * accuracy:.0f} % in the right order.",
-        f"{result['minutes']} minutes on two CPU cores, torch",
-        f"{result['versions']['torch']}, commit {result['commit']}, seeds 0 to {result['settings']['folds'] - 1}:",
-        "`benchmarks/results/fidelity.json`.",
-    ]
-    return fidelity_table.markdown(result) + "\n\n" + " ".join(notes)
+    """The method at a small scale: every run's measures, and differences between them."""
+    return tables.fidelity_readme(read_json(ROOT / "benchmarks" / "results" / "fidelity.json"))
 
 
 BLOCKS = {f.__name__: f for f in (demo, fidelity, ops, step, scaling, memory, deviation, gpu)}

@@ -194,9 +194,17 @@ def _arguments(cfg: RewardConfig, run: Path, stops: bool) -> TrainingArguments:
 
 
 def _last_checkpoint(run: Path) -> str | None:
-    """The newest that is whole: Trainer writes its state last."""
-    whole = [f.parent for f in (run / "checkpoints").glob("checkpoint-*/trainer_state.json")]
+    """The newest that is whole: Trainer writes its state last, and a kill may tear that."""
+    whole = [state.parent for state in (run / "checkpoints").glob("checkpoint-*/trainer_state.json") if _is_json(state)]
     return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        read_json(path)
+    except ValueError:
+        return False
+    return True
 
 
 # --- what it is worth -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from conftest import STORIES, tiny_tokenizer, write_groups
 from ddpo.config import RewardConfig, ScoreConfig
 from ddpo.data.groups import Group, Response, read_jsonl
 from ddpo.files import read_json
-from ddpo.reward import evaluate, reward, split
+from ddpo.reward import _last_checkpoint, evaluate, reward, split
 from ddpo.reward_model import Reader, RewardModel, Target, batches_by_length, tagged
 from ddpo.score import score
 
@@ -160,3 +160,12 @@ def test_errors(model_folder, tmp_path):
     with pytest.raises(ValueError, match="two responses of unequal scores"):
         reward(config(tied, model_folder, tmp_path / "run", loss="bradley-terry"))
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path):
+    assert _last_checkpoint(tmp_path) is None
+    for step, state in ((2, "{}"), (10, "{}"), (12, '{"epoch": ')):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(state)
+    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / "checkpoint-10")

@@ -11,6 +11,7 @@ import argparse
 import time
 from pathlib import Path
 
+from benchmarks import tables
 from benchmarks.fidelity import study, table
 from ddpo.files import read_json, sha256, write_json
 from ddpo.log import card
@@ -44,7 +45,7 @@ def main() -> None:
         "minutes": round(sum(read_json(args.out / "seconds.json").values()) / 60, 1),
         **table.measure(args.out),
     }
-    print(table.markdown(result))
+    print(tables.fidelity_readme(result))
     if args.write:
         write_json(RESULTS / "fidelity.json", result)
         table.figure(result, RESULTS / "fidelity.svg")

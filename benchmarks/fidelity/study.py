@@ -165,12 +165,8 @@ def score_file(path: Path, reward_model: Path) -> None:
     )
 
 
-def scored_groups(out: Path, name: str) -> list[Group]:
-    """A method's responses to the held-out prompts of all folds, with their rewards."""
-    return [group for fold in range(FOLDS) for group in fold_groups(out, name, fold)]
-
-
 def fold_groups(out: Path, name: str, fold: int) -> list[Group]:
+    """A method's responses to a fold's held-out prompts, with their rewards."""
     return read_groups_file(str(out / f"fold{fold}" / f"{_file(name)}-scored.jsonl"))
 
 

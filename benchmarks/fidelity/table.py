@@ -9,52 +9,45 @@ from benchmarks.fidelity import study
 from ddpo import metrics
 from ddpo.config import Measuring
 from ddpo.data.groups import read_jsonl
-from ddpo.evaluate import differences, median_words, summary
+from ddpo.evaluate import NUMBER_COUNTS, differences, median_words, summary
 from ddpo.files import read_json
 from ddpo.measuring import Measurer, quality_of
 
-BASELINES = {  # whom each method is compared with
-    "SFT": "base",
-    "DPO": "SFT",
-    "DDPO-semantic": "DPO",
-    "DDPO-style": "DPO",
-    "DDPO-both": "DPO",
-    "DivPO": "DPO",
-    f"DPO, T {study.HOT}": "DPO",
-    "ORPO": "base",
-    "DORPO-both": "ORPO",
-}
-COLUMNS = {  # measure -> heading, decimals
-    "quality": ("quality", 3),
-    "semantic_diversity": ("semantic", 3),
-    "style_diversity": ("style", 3),
-    "semantic_diversity_cut": ("semantic, cut", 3),
-    "semantic_diversity_good": ("semantic, good ones", 3),
-    "num_words": ("words", 1),
-}
+COMPARED = [  # a method and whom it is compared with
+    ("SFT", "base"),
+    ("DPO", "SFT"),
+    ("DDPO-semantic", "DPO"),
+    ("DDPO-style", "DPO"),
+    ("DDPO-both", "DPO"),
+    ("DivPO", "DPO"),
+    (f"DPO, T {study.HOT}", "DPO"),
+    ("DDPO-semantic", f"DPO, T {study.HOT}"),
+    ("DDPO-semantic", "SFT"),
+    ("ORPO", "base"),
+    ("DORPO-both", "ORPO"),
+]
 
 
 def measure(out: Path, seed: int = 0) -> dict:
     """Every method's measures over all prompts, and its differences to its baseline, paired by prompt."""
     names = [*study.SAMPLED, study.PEOPLE]
-    sets = {name: study.scored_groups(out, name) for name in names}
-    every = [group for name in study.SAMPLED for group in sets[name]]
-    threshold = float(np.median(np.concatenate(quality_of(every, "reward"))))
-    num_words = min(median_words(groups) for groups in sets.values())
-    measurer = Measurer(Measuring(text_measures=False))
-    values = {name: measurer(groups, "reward", threshold, num_words) for name, groups in sets.items()}
-    for per in values.values():
-        del per["vendi_score"], per["distinct_k"]  # counts, of sets of different sizes
-    ends = np.cumsum([len(study.fold_groups(out, study.PEOPLE, fold)) for fold in range(study.FOLDS)])[:-1]
-    rated = [np.mean([r.score for r in group.responses]) for group in sets[study.PEOPLE]]
+    folds = [{name: study.fold_groups(out, name, fold) for name in names} for fold in range(study.FOLDS)]
+    num_words = min(median_words([g for fold in folds for g in fold[name]]) for name in names)
+    measurer, thresholds, parts = Measurer(Measuring()), [], []
+    for fold in folds:  # a reward model each, on a scale of its own
+        sampled = [group for name in study.SAMPLED for group in fold[name]]
+        thresholds.append(float(np.median(np.concatenate(quality_of(sampled, "reward")))))
+        parts.append({name: measurer(groups, "reward", thresholds[-1], num_words) for name, groups in fold.items()})
+    measures = [m for m in parts[0]["base"] if m not in NUMBER_COUNTS]
+    values = {name: {m: np.concatenate([part[name][m] for part in parts]) for m in measures} for name in names}
+    rated = [np.mean([r.score for r in group.responses]) for fold in folds for group in fold[study.PEOPLE]]
     return {
-        "num_prompts": len(sets["base"]),
-        "quality_threshold": threshold,
+        "num_prompts": len(rated),
+        "quality_thresholds": thresholds,
         "cut_to_words": num_words,
         **summary(values, seed),
-        "baselines": BASELINES,
-        "differences": {n: differences(values[b], values[n], seed) for n, b in BASELINES.items()},
-        "differences_by_fold": {n: by_fold(values[b], values[n], ends) for n, b in BASELINES.items()},
+        "differences": {f"{n} - {b}": differences(values[b], values[n], seed) for n, b in COMPARED},
+        "differences_by_fold": {f"{n} - {b}": by_fold(parts, b, n, measures) for n, b in COMPARED},
         "training": {name: _training(out, name) for name in study.METHODS},
         "people_rated": asdict(metrics.bootstrap(rated, seed)),
         "reward_model": [_reward(out / f"fold{fold}") for fold in range(study.FOLDS)],
@@ -67,10 +60,9 @@ def _reward(fold: Path) -> dict:
     return {name: value for name, value in found.items() if name != "calibration"}
 
 
-def by_fold(before: dict, after: dict, ends: np.ndarray) -> dict[str, list[float | None]]:
-    """Mean differences of each fold: prompts of a fold share their models, so that these are the independent ones.
-    ends: of the folds' prompts, but the last."""
-    return {measure: [_mean(part) for part in np.split(after[measure] - before[measure], ends)] for measure in COLUMNS}
+def by_fold(parts: list[dict], before: str, after: str, measures: list[str]) -> dict[str, list[float | None]]:
+    """Mean differences of each fold: prompts of a fold share their models, so that these are the independent ones."""
+    return {m: [_mean(part[after][m] - part[before][m]) for part in parts] for m in measures}
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -101,29 +93,6 @@ def _held_out_pairs(out: Path, run: str) -> dict:
         name: [float(np.mean([fold[at][f"eval_rewards/{name}"] for fold in lines])) for at in (0, -1)]
         for name in ("margins", "accuracies")
     }
-
-
-def markdown(result: dict) -> str:
-    """The table: a row a method, means with 95 % intervals; then differences to each method's baseline."""
-    heads = [head for head, _ in COLUMNS.values()]
-    rows = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
-    for name, means in result["mean"].items():
-        cells = [_cell(means[m], result["interval"][name][m], decimals) for m, (_, decimals) in COLUMNS.items()]
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    rows += ["", "| difference | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
-    for name, found in result["differences"].items():
-        cells = [_difference(found[m], decimals) for m, (_, decimals) in COLUMNS.items()]
-        rows.append(f"| {name} - {result['baselines'][name]} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
-
-
-def _cell(mean, interval, decimals) -> str:
-    return f"{mean:.{decimals}f} ± {(interval[1] - interval[0]) / 2:.{decimals}f}"
-
-
-def _difference(d: dict, decimals: int) -> str:
-    text = f"{d['mean']:+.{decimals}f} (p {d['p']:.2g})"
-    return f"**{text}**" if d["p"] < 0.05 else text
 
 
 def figure(result: dict, path: Path) -> None:

@@ -278,8 +278,8 @@ def fidelity_readme(result: dict) -> str:
         "Quality: people's ratings, taken to -1 to 1, as reward models tell them, one a fold, whose rank",
         f"correlation within held-out prompts is {rank}. DPO's margin on held-out pairs rose from 0 to",
         f"{margin:+.2f}, with {100 * accuracy:.0f} % in the right order. {result['minutes']} minutes on",
-        f"{result['machine']['threads']} CPU cores, torch {result['versions']['torch']}, trained at commit",
-        f"{result['trained_by_commit']}, measured at {result['commit']}: `benchmarks/results/fidelity.json`.",
+        f"{result['trained_by']['threads']} CPU cores, torch {result['versions']['torch']}, trained at commit",
+        f"{result['trained_by']['commit']}, measured at {result['commit']}: `benchmarks/results/fidelity.json`.",
     ]
     tables = markdown(["", *heads], rows), markdown(["difference", *heads], differences), " ".join(notes)
     return "\n\n".join(tables)

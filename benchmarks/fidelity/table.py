@@ -49,11 +49,17 @@ def measure(out: Path, seed: int = 0) -> dict:
         "differences": {f"{n} - {b}": differences(values[b], values[n], seed) for n, b in COMPARED},
         "differences_by_fold": {f"{n} - {b}": by_fold(parts, b, n, measures) for n, b in COMPARED},
         "training": {name: _training(out, name) for name in study.METHODS},
-        "trained_by_commit": read_json(out / "fold0" / "runs" / "SFT" / "card.json")["commit"],
+        "trained_by": _trained_by(out),
         "people_rated": asdict(metrics.bootstrap(rated, seed)),
         "reward_model": [_reward(out / f"fold{fold}") for fold in range(study.FOLDS)],
         "held_out_pairs": _held_out_pairs(out, study.WATCHED),
     }
+
+
+def _trained_by(out: Path) -> dict:
+    """Commit and threads of the training, which may be another day's than the measuring."""
+    card = read_json(out / "fold0" / "runs" / "SFT" / "card.json")
+    return {"commit": card["commit"], "threads": card["machine"]["threads"]}
 
 
 def _reward(fold: Path) -> dict:

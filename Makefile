@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the whole method once (runs/demo/)
 # make test   set up what is missing, then lint and test
+# make screenshot  README's picture, of the demo's report (wants chromium)
 # make bench  the op and a training step beside other ways, about two hours on two CPU cores; rewrites README's tables
 # On Linux without an NVIDIA GPU, PyPI's torch still carries CUDA; the CPU build of download.pytorch.org is smaller:
 #   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -11,10 +12,13 @@ SETUP := .venv/.installed
 export PIP_EXTRA_INDEX_URL
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo screenshot test bench lint format clean
 
 demo: $(SETUP)
 	$(BIN)/ddpo demo
+
+screenshot: $(SETUP)
+	$(BIN)/python docs/screenshot.py runs/demo/report.html docs/report.png
 
 # a process a core, a thread each: most tests are Python's own time
 test: lint

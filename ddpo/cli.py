@@ -12,6 +12,7 @@ from ddpo.config import (
     GenerateConfig,
     PlanConfig,
     PrepareConfig,
+    ReportConfig,
     RewardConfig,
     ScoreConfig,
     TrainConfig,
@@ -34,6 +35,7 @@ VERBS = {
     "evaluate": ("ddpo.evaluate", EvaluateConfig, "responses"),
     "annotate": ("ddpo.annotate", AnnotateConfig, "responses"),
     "winrate": ("ddpo.winrate", WinrateConfig, "answers"),
+    "report": ("ddpo.report", ReportConfig, "runs"),
     "tune": ("ddpo.tune", TuneConfig, "model"),
     "demo": ("ddpo.demo", DemoConfig, None),
 }

@@ -36,7 +36,7 @@ FLOORS = [  # a file imports its own floor or lower
     },
     {
         *("train", "generate", "evaluate", "annotate", "winrate", "prepare", "weigh", "tune", "plan"),
-        *("reward", "score", "dryrun"),
+        *("reward", "score", "dryrun", "report"),
     },
     {"demo", "cli", "__main__"},
 ]

@@ -2,6 +2,7 @@
 help text."""
 
 from ddpo.config.data import Encoding, PrepareConfig, WeighConfig, Weighing
+from ddpo.config.report import ReportConfig
 from ddpo.config.reward import RewardConfig, ScoreConfig
 from ddpo.config.sampling import AnnotateConfig, DemoConfig, EvaluateConfig, GenerateConfig, Measuring, WinrateConfig
 from ddpo.config.training import PlanConfig, TrainConfig, TuneConfig
@@ -15,6 +16,7 @@ __all__ = [
     "Measuring",
     "PlanConfig",
     "PrepareConfig",
+    "ReportConfig",
     "RewardConfig",
     "ScoreConfig",
     "TrainConfig",

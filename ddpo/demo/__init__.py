@@ -8,13 +8,15 @@ from pathlib import Path
 from rich.markup import escape
 
 from ddpo import log
-from ddpo.config import DemoConfig, EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig
+from ddpo.config import DemoConfig, EvaluateConfig, GenerateConfig, PrepareConfig, ReportConfig, TrainConfig
 from ddpo.data.groups import parse_group, read_jsonl
 from ddpo.data.prepared import Prepared
 from ddpo.evaluate import evaluate
 from ddpo.generate import generate
 from ddpo.loading import PACKAGED
 from ddpo.prepare import prepare
+from ddpo.report import report
+from ddpo.report.page import check_plotly
 from ddpo.train import train
 
 SAMPLES = 4
@@ -23,6 +25,7 @@ NEW_TOKENS = 160
 
 def demo(cfg: DemoConfig) -> dict:
     """Prepare, train, generate and evaluate before and after; returns the evaluation's numbers."""
+    check_plotly()
     start, say = time.perf_counter(), log.console.print
     out = Path(cfg.out)
     clear(out)
@@ -63,6 +66,7 @@ def demo(cfg: DemoConfig) -> dict:
     summary = Prepared(out / "prepared").manifest["summary"]["weights"]
     say(f"share of pairs with weight zero: {summary['zero_share']:.0%}")
     show_samples(out)
+    report(ReportConfig(runs=(str(out),)))
     say(f"\neverything lies in {out}: prepared, run (metrics.jsonl, adapter), before, after and evaluation")
     say(f"done in {(time.perf_counter() - start) / 60:.1f} minutes")
     return result
@@ -71,7 +75,7 @@ def demo(cfg: DemoConfig) -> dict:
 def clear(out: Path) -> None:
     """Makes room for a new demo: an older demo's folder goes, anything else stays and is an error."""
     if out.exists() and any(out.iterdir()):
-        known = {"prepared", "run", "evaluation.json"}
+        known = {"prepared", "run", "evaluation.json", "report.html"}
         known |= {f"{name}.{ending}" for name in ("before", "after") for ending in ("jsonl", "card.json")}
         strange = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
         if strange:

@@ -1,0 +1,205 @@
+"use strict";
+(() => {
+  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const at = (id) => document.getElementById(id);
+  const make = (tag, text, parent, name) => {
+    const element = document.createElement(tag);
+    if (text !== undefined) element.textContent = text;
+    if (name) element.className = name;
+    if (parent) parent.append(element);
+    return element;
+  };
+  const option = (select, text, value) => { make("option", text, select).value = value; };
+  const escape = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");  // plotly reads some HTML
+  const short = (text, most) => (text.length > most ? text.slice(0, most) + "…" : text);
+  const wrapped = (text) => escape(short(text, 420)).replace(/\s+/g, " ").replace(/(.{1,64})(\s|$)/g, "$1<br>");
+  const named = (measure) => (measure === "logp_per_token" ? "log-prob at start, nats / token" : measure.replaceAll("_", " "));
+  const shown = (x, digits = 3) => (x === null || x === undefined ? "–" : x.toFixed(digits));
+  const data = read("data");
+  const COLOURS = ["#2f6fde", "#e0702c", "#2d9a5f", "#b04fc6", "#c9a227", "#d2415c", "#3aa6b9", "#8a6d3b", "#6b7280", "#7a5cff"];
+  const drawings = [];
+
+  // --- charts ---------------------------------------------------------------------------------------------
+
+  const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const axis = (title, more) => ({ title: { text: title, standoff: 8 }, gridcolor: style("--line"), linecolor: style("--line"), zerolinecolor: style("--line"), automargin: true, ...more });
+  function draw(id, traces, x, y, more = {}) {
+    const layout = {
+      paper_bgcolor: style("--paper"), plot_bgcolor: style("--paper"), font: { color: style("--ink"), size: 12, family: getComputedStyle(document.body).fontFamily },
+      margin: { l: 56, r: 16, t: more.title ? 38 : 16, b: 46 }, xaxis: axis(x, more.xaxis), yaxis: axis(y, more.yaxis),
+      title: more.title ? { text: escape(more.title), font: { size: 14 }, x: 0.02, xanchor: "left" } : undefined,
+      showlegend: traces.length > 1, legend: { orientation: "h", y: -0.26, yanchor: "top" }, hovermode: more.hovermode ?? "closest",
+      hoverlabel: { align: "left", bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") } }, annotations: more.annotations ?? [],
+    };
+    return Plotly.react(at(id), traces, layout, { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
+  }
+  function always(drawing) { drawings.push(drawing); }
+
+  // --- quality against diversity --------------------------------------------------------------------------
+
+  const evaluations = Object.entries(data.evaluations);
+  const points = evaluations.flatMap(([file, e]) => Object.keys(e.mean).map((name) => ({ name: evaluations.length > 1 ? `${file}: ${name}` : name, mean: e.mean[name], interval: e.interval[name] })));
+  function against(id, x, y) {
+    const error = (p, m) => ({ type: "data", symmetric: false, array: [p.interval[m] ? p.interval[m][1] - p.mean[m] : 0], arrayminus: [p.interval[m] ? p.mean[m] - p.interval[m][0] : 0], thickness: 1, width: 3 });
+    const traces = points.filter((p) => typeof p.mean[x] === "number" && typeof p.mean[y] === "number").map((p, i) => ({
+      x: [p.mean[x]], y: [p.mean[y]], error_x: error(p, x), error_y: error(p, y), mode: "markers", name: escape(p.name),
+      marker: { size: 11, color: COLOURS[i % COLOURS.length] }, hovertemplate: `${escape(p.name)}<br>${named(x)} %{x:.3f}<br>${named(y)} %{y:.3f}<extra></extra>`,
+    }));
+    if (!traces.length) { at(id).remove(); return; }
+    always(() => draw(id, traces, named(x), named(y)));
+  }
+  if (points.length) {
+    const has = (m) => points.some((p) => typeof p.mean[m] === "number");
+    const quality = ["quality", "logp_per_token", "num_words"].find(has);
+    against("semantic", "semantic_diversity", quality);
+    against("style", "style_diversity", quality);
+    const measures = Object.keys(points[0].mean);
+    const head = make("tr", undefined, at("numbers"));
+    make("th", "measure", head);
+    points.forEach((p) => make("th", p.name, head));
+    measures.forEach((m) => {
+      const row = make("tr", undefined, at("numbers"));
+      make("td", named(m), row);
+      points.forEach((p) => { const i = p.interval[m]; make("td", p.mean[m] === null || p.mean[m] === undefined ? "–" : `${shown(p.mean[m])}  [${shown(i?.[0])}, ${shown(i?.[1])}]`, row, "number"); });
+    });
+    if (!has("quality")) make("p", "No quality was measured (ddpo score gives it): the charts show " + named(quality) + " in its place.", at("numbers").parentElement.parentElement, "quiet");
+  }
+
+  // --- training -------------------------------------------------------------------------------------------
+
+  const runs = Object.entries(data.runs);
+  const LABELS = { loss: "loss", margin: "reward margin, nats", accuracy: "accuracy", tokens_per_s: "tokens / s" };
+  Object.entries(LABELS).forEach(([name, label]) => {
+    const traces = runs.flatMap(([run, r], i) => {
+      const colour = COLOURS[i % COLOURS.length], found = [];
+      if (r.curves[name]) found.push({ x: r.steps, y: r.curves[name], mode: r.steps.length > 60 ? "lines" : "lines+markers", name: escape(run), line: { color: colour, width: 1.8 }, marker: { size: 5 }, connectgaps: false });
+      if (r.eval_curves[name]) found.push({ x: r.eval_steps, y: r.eval_curves[name], mode: "lines+markers", name: escape(run) + ", held out", line: { color: colour, dash: "dot" }, marker: { size: 7, symbol: "diamond" } });
+      return found;
+    });
+    if (!traces.length) return;
+    make("div", undefined, at("curves"), "chart").id = `curve-${name}`;
+    always(() => draw(`curve-${name}`, traces, "step", label, { hovermode: "x unified" }));
+  });
+  if (runs.length && !at("curves").children.length) make("p", "The run has not taken a step yet.", at("curves"), "quiet");
+
+  // --- data -----------------------------------------------------------------------------------------------
+
+  function bars(id, histogram, title, note) {
+    const { edges, counts } = histogram;
+    const middles = counts.map((_, i) => (edges[i] + edges[i + 1]) / 2);
+    const annotations = note ? [{ text: escape(note), xref: "paper", yref: "paper", x: 1, y: 1, xanchor: "right", yanchor: "top", showarrow: false }] : [];
+    return draw(id, [{ type: "bar", x: middles, y: counts, width: counts.map((_, i) => edges[i + 1] - edges[i]), marker: { color: COLOURS[0] }, hovertemplate: "%{x:.3f}: %{y}<extra></extra>" }], title, "count", { annotations });
+  }
+  const prepared = Object.entries(data.prepared);
+  if (prepared.length) {
+    let group, current;
+    const picked = () => data.prepared[at("prepared").value];
+    prepared.forEach(([name]) => option(at("prepared"), name, name));
+    at("prepared").parentElement.hidden = prepared.length === 1;
+    const overview = () => {
+      const p = picked(), zero = p.zero_share === null ? "" : `, ${(100 * p.zero_share).toFixed(0)} % of the pairs have weight 0`;
+      at("summary").textContent = `${p.summary.prompts} prompts, ${p.summary.responses} responses, ${p.summary.pairs} pairs${zero}.`;
+      at("legend").textContent = p.map_of
+        ? `Two principal components of the responses' ${p.map_of}: near is alike. Colour: deviation; size: score; a line leads from a pair's rejected response to its chosen one (a triangle), thicker with its weight.`
+        : "The weights were given with the data, so that there are no embeddings to place responses by.";
+      for (const [id, what, title] of [["weights", p.weights, "weight of a pair"], ["deviations", p.deviations, "deviation of a response"]]) {
+        at(id).hidden = !what;
+        if (what) bars(id, what, title, id === "weights" && p.zero_share !== null ? `zero: ${(100 * p.zero_share).toFixed(0)} %` : "");
+      }
+    };
+    const list = (only) => {
+      at("prompt").replaceChildren();
+      picked().groups.forEach((g, i) => { if (!only || only.has(i)) option(at("prompt"), `${i + 1}. ${short(g.prompt, 90)}`, i); });
+    };
+    const showGroup = () => {
+      const i = at("prompt").value;
+      if (i === "") return;
+      current = Number(i);
+      group = read(`group-${picked().groups[current].block}`);
+      at("reading-title").textContent = "Prompt";
+      at("reading").textContent = group.prompt + "\n\nClick a point to read its response here.";
+      drawMap();
+    };
+    const matches = (text) => { const words = at("search").value.trim().toLowerCase(); return words && text.toLowerCase().includes(words); };
+    const drawMap = () => {
+      if (!group) return;
+      const scores = group.scores.filter((s) => s !== null), low = Math.min(...scores), high = Math.max(...scores);
+      const size = group.scores.map((s) => (s === null ? 9 : high > low ? 9 + (15 * (s - low)) / (high - low) : 14));
+      const chosen = new Set(group.pairs.map((p) => p[0])), rejected = new Set(group.pairs.map((p) => p[1]));
+      const heaviest = Math.max(1e-9, ...group.pairs.map((p) => p[2]));
+      const lines = group.pairs.slice(0, 200).map(([c, r, w]) => ({ x: [group.x[r], group.x[c]], y: [group.y[r], group.y[c]], mode: "lines", hoverinfo: "skip", showlegend: false, line: { color: style("--quiet"), width: 0.4 + (2.4 * w) / heaviest } }));
+      const role = (i) => (chosen.has(i) ? (rejected.has(i) ? "chosen and rejected" : "chosen") : rejected.has(i) ? "rejected" : "in no pair");
+      const dots = {
+        x: group.x, y: group.y, mode: "markers", showlegend: false,
+        text: group.texts.map((t, i) => `${role(i)}, score ${shown(group.scores[i], 2)}, deviation ${shown(group.deviations[i])}<br>${wrapped(t)}`), hovertemplate: "%{text}<extra></extra>",
+        marker: { size, opacity: 0.95, symbol: group.texts.map((_, i) => (chosen.has(i) ? "triangle-up" : rejected.has(i) ? "circle" : "circle-open")), color: group.deviations.map((d) => d ?? 0), colorscale: "Viridis", colorbar: { title: { text: "deviation", side: "right" }, thickness: 12, outlinewidth: 0 },
+          line: { width: group.texts.map((t) => (matches(t) ? 3 : 0.8)), color: group.texts.map((t) => (matches(t) ? "#d2415c" : style("--ink"))) } },
+      };
+      draw("map", [...lines, dots], "", "", { xaxis: { showticklabels: false, zeroline: false }, yaxis: { showticklabels: false, zeroline: false } }).then((plot) => {
+        plot.removeAllListeners("plotly_click");
+        plot.on("plotly_click", (event) => {
+          const i = event.points[0].pointNumber;
+          at("reading-title").textContent = `Response ${i + 1}: ${role(i)}, score ${shown(group.scores[i], 2)}, deviation ${shown(group.deviations[i])}`;
+          at("reading").textContent = group.texts[i];
+        });
+      });
+    };
+    const search = () => {
+      const words = at("search").value.trim().toLowerCase();
+      if (!words) { at("hits").textContent = ""; list(); at("prompt").value = current; drawMap(); return; }
+      const found = new Set();
+      picked().groups.forEach((g, i) => { if (g.prompt.toLowerCase().includes(words) || read(`group-${g.block}`).texts.some(matches)) found.add(i); });
+      at("hits").textContent = `${found.size} prompt${found.size === 1 ? "" : "s"}`;
+      list(found);
+      if (found.size) { at("prompt").value = found.has(current) ? current : [...found][0]; showGroup(); }
+    };
+    let waiting;
+    at("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(search, 150); });
+    at("prompt").addEventListener("change", showGroup);
+    at("prepared").addEventListener("change", () => { at("search").value = ""; current = 0; overview(); list(); showGroup(); });
+    list();
+    showGroup();
+    always(overview);
+    always(drawMap);
+  }
+
+  // --- samples --------------------------------------------------------------------------------------------
+
+  const files = Object.keys(data.responses);
+  if (files.length) {
+    const prompts = data.responses[files[0]];
+    prompts.forEach((g, i) => option(at("sample"), `${i + 1}. ${short(g.prompt, 90)}`, i));
+    for (const id of ["left", "right"]) files.forEach((name) => option(at(id), name, name));
+    at("left").value = files[0];
+    at("right").value = files.length > 1 ? files[1] : files[0];
+    const after = files.find((name) => name.endsWith("after"));
+    if (after) at("right").value = after;
+    const show = () => {
+      at("samples").replaceChildren();
+      const asked = prompts[at("sample").value];
+      const names = at("left").value === at("right").value ? [at("left").value] : [at("left").value, at("right").value];
+      names.forEach((name) => {
+        const column = make("div", undefined, at("samples"), "column");
+        make("h4", name, column);
+        const group = data.responses[name].find((g) => g.prompt === asked.prompt);
+        if (!group) { make("p", "has no response to this prompt", column, "quiet"); return; }
+        group.texts.slice(0, 50).forEach((text, i) => {
+          const article = make("article", undefined, column);
+          if (group.scores[i] !== null && group.scores[i] !== undefined) make("p", `score ${shown(group.scores[i], 2)}`, article, "quiet");
+          make("pre", text, article);
+        });
+      });
+    };
+    ["sample", "left", "right"].forEach((id) => at(id).addEventListener("change", show));
+    show();
+  }
+
+  // --- light and dark -------------------------------------------------------------------------------------
+
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const theme = (on) => { document.documentElement.classList.toggle("dark", on); drawings.forEach((drawing) => drawing()); };
+  dark.addEventListener("change", (event) => theme(event.matches));
+  at("theme").addEventListener("click", () => theme(!document.documentElement.classList.contains("dark")));
+  theme(dark.matches);
+  document.documentElement.dataset.ready = "yes";
+})();

@@ -9,6 +9,7 @@ from ddpo.config import (
     AnnotateConfig,
     DemoConfig,
     EvaluateConfig,
+    ExportConfig,
     GenerateConfig,
     PlanConfig,
     PrepareConfig,
@@ -36,6 +37,7 @@ VERBS = {
     "annotate": ("ddpo.annotate", AnnotateConfig, "responses"),
     "winrate": ("ddpo.winrate", WinrateConfig, "answers"),
     "report": ("ddpo.report", ReportConfig, "runs"),
+    "export": ("ddpo.export", ExportConfig, "run"),
     "tune": ("ddpo.tune", TuneConfig, "model"),
     "demo": ("ddpo.demo", DemoConfig, None),
 }

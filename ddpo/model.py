@@ -105,7 +105,7 @@ class Policy(nn.Module):
                 head.weight,
                 pack.targets,
                 bias=head.bias,
-                scale=_logit_scale(config),
+                scale=logit_scale(config),
                 softcap=getattr(config, "final_logit_softcapping", None),
                 segments=pack.segments,
                 drop_below=self.drop_below,
@@ -152,6 +152,6 @@ class Policy(nn.Module):
         return digest.hexdigest()
 
 
-def _logit_scale(config) -> float:
+def logit_scale(config) -> float:
     """Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling."""
     return float(getattr(config, "logit_scale", 1.0) or 1.0) / float(getattr(config, "logits_scaling", 1.0) or 1.0)

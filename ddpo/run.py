@@ -1,5 +1,6 @@
 """Around a run: its folder, the wish to stop, metrics on their way to the host."""
 
+import json
 import signal
 from contextlib import contextmanager
 from dataclasses import fields
@@ -95,3 +96,14 @@ class OnTheWay:
         if self._event:
             self._event.synchronize()
         return self._host.tolist()
+
+
+def last_row(path: Path) -> dict | None:
+    """The last whole row of a journal; None where there is none."""
+    row = None
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the torn last line of a killed run
+            break
+    return row

@@ -36,9 +36,9 @@ FLOORS = [  # a file imports its own floor or lower
     },
     {
         *("train", "generate", "evaluate", "annotate", "winrate", "prepare", "weigh", "tune", "plan"),
-        *("reward", "score", "dryrun", "report"),
+        *("reward", "score", "dryrun", "report", "export"),
     },
-    {"demo", "cli", "__main__"},
+    {"demo", "cli", "__main__", "integrations"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 HOMES = {

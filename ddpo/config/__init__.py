@@ -2,6 +2,7 @@
 help text."""
 
 from ddpo.config.data import Encoding, PrepareConfig, WeighConfig, Weighing
+from ddpo.config.export import ExportConfig
 from ddpo.config.report import ReportConfig
 from ddpo.config.reward import RewardConfig, ScoreConfig
 from ddpo.config.sampling import AnnotateConfig, DemoConfig, EvaluateConfig, GenerateConfig, Measuring, WinrateConfig
@@ -12,6 +13,7 @@ __all__ = [
     "DemoConfig",
     "Encoding",
     "EvaluateConfig",
+    "ExportConfig",
     "GenerateConfig",
     "Measuring",
     "PlanConfig",

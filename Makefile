@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the whole method once (runs/demo/)
 # make test   set up what is missing, then lint and test
+# make test-long   the tests, and the cases that say over what others say in short
 # make screenshot  README's picture, of the demo's report (wants chromium)
 # make bench  the op and a training step beside other ways, about two hours on two CPU cores; rewrites README's tables
 # On Linux without an NVIDIA GPU, PyPI's torch still carries CUDA; the CPU build of download.pytorch.org is smaller:
@@ -12,7 +13,7 @@ SETUP := .venv/.installed
 export PIP_EXTRA_INDEX_URL
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo screenshot test bench lint format clean
+.PHONY: demo screenshot test test-long bench lint format clean
 
 demo: $(SETUP)
 	$(BIN)/ddpo demo
@@ -23,6 +24,9 @@ screenshot: $(SETUP)
 # a process a core, a thread each: most tests are Python's own time
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
+
+test-long: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest --long -n logical --maxprocesses 4 --dist worksteal
 
 bench: $(SETUP)
 	$(BIN)/pip install -q liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 matplotlib

@@ -15,6 +15,21 @@ SHARED = Path(os.environ.get("DDPO_SHARED_DATA", ROOT.parent / "shared" / "data"
 torch.use_deterministic_algorithms(True)  # with it torch.empty and at::empty arrive full of NaN
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also the cases that say over what others say in short")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: runs with --long alone (`make test-long`)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="runs with --long"))
+
+
 ULPS = {torch.float64: 64, torch.float32: 4, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 

@@ -148,8 +148,7 @@ def composed(hidden, head, targets, segments, pairs, weight, *, loss, ref_logp, 
 
 
 @pytest.mark.parametrize("impl", ["triton", "triton-chunked", "triton-fused", "torch"])
-@pytest.mark.parametrize("loss", ["ddpo", "dorpo"])
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("loss, trained", [("ddpo", False), ("dorpo", True)], ids=["ddpo-frozen", "dorpo-trained"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_linear_preference(impl, loss, trained, dtype):
     tensors, targets, _ = case(sum(LENGTHS), 7, 45, dtype)

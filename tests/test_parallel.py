@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, relative, same_bits, tiny_model, tiny_tokenizer, weights_of
+from conftest import SMALL, metrics, relative, same_bits, tiny_model, tiny_tokenizer, weights_of
 from safetensors.torch import load_file
 
 from ddpo import checkpoint
-from ddpo.config import GenerateConfig, ScoreConfig, WeighConfig
+from ddpo.config import GenerateConfig, ScoreConfig, TrainConfig, WeighConfig
 from ddpo.data.prepared import Prepared
 from ddpo.generate import generate
 from ddpo.score import score
@@ -39,7 +39,7 @@ def launch(cfg, *more, ranks=2):
 
 
 def finished(process):
-    out, _ = process.communicate(timeout=180)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out[-3000:]
     return out
 
@@ -64,28 +64,58 @@ def untied_folder(tmp_path_factory):
     return str(folder)
 
 
+CASES = {
+    "frozen head": {"batch_size": 20},  # groups in both ranks
+    "no group for a rank": {"batch_size": 1, "micro_tokens": 60},  # and groups in two passes
+    "tied head": {"batch_size": 20, "lora": False},
+    "untied head": {"batch_size": 20, "lora": False, "untied": True, "method": "dorpo"},
+    "activation checkpointing": {"batch_size": 20, "activation_checkpointing": True},
+    "group loss": {"batch_size": 1, "micro_tokens": 60, "method": "gvpo"},
+}
+SEVERAL = """
+import sys
+from ddpo import distributed
+from ddpo.config import TrainConfig
+from ddpo.settings import parse
+from ddpo.train import train
+
+for path in sys.argv[1:]:
+    train(parse(TrainConfig, ["--config", path], "several"))
+distributed.finish()
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, prepared_folder, model_folder, untied_folder):
+    """(case, kind) -> settings of a run that two processes made; "one" is the kind of a run by this process. One launch
+    for all: starting processes is what takes the time."""
+    root, found = tmp_path_factory.mktemp("several"), {}
+    for case, changes in CASES.items():
+        changes = {"data": prepared_folder, "model": model_folder, "max_steps": 4, **changes}
+        if changes.pop("untied", False):
+            changes["model"] = untied_folder
+        for kind in ("one", "ddp", "fsdp"):
+            parallel = {} if kind == "one" else {"parallel": kind}
+            out = str(root / f"{case} {kind}".replace(" ", "-"))
+            found[case, kind] = TrainConfig(**{**SMALL, **changes, **parallel, "out": out})
+    paths = []
+    for (_, kind), cfg in found.items():
+        if kind == "one":
+            run_training(cfg)
+        else:
+            paths.append(Path(cfg.out).with_suffix(".yaml"))
+            paths[-1].write_text(to_yaml(cfg))
+    script = root / "several.py"
+    script.write_text(SEVERAL)
+    finished(torchrun(str(script), *map(str, paths), module=False))
+    return found
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"batch_size": 20},  # frozen head, groups in both ranks
-        {"batch_size": 1, "micro_tokens": 60},  # a rank that gets no group, and groups in two passes
-        {"batch_size": 20, "lora": False},  # tied, trained head
-        {"batch_size": 20, "lora": False, "untied": True, "method": "dorpo"},
-        {"batch_size": 20, "activation_checkpointing": True},
-        {"batch_size": 1, "micro_tokens": 60, "method": "gvpo"},
-    ],
-    ids=["frozen head", "no group for a rank", "tied head", "untied head", "activation checkpointing", "group loss"],
-)
-def test_two_ranks_equal_one(config, untied_folder, parallel, changes):
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one(trained, parallel, case):
     """Relative L2 of the final adapter (or model) at most 1e-9, in float64."""
-    changes = dict(changes)
-    if changes.pop("untied", False):
-        changes["model"] = untied_folder
-    one, two = (config(max_steps=4, **changes) for _ in range(2))
-    run_training(one)
-    finished(launch(two, "--parallel", parallel))
-    agree(one, two)
+    agree(trained[case, "one"], trained[case, parallel])
 
 
 def test_three_ranks_evaluate_and_split_by_tokens(config, make_prepared):
@@ -114,7 +144,11 @@ def test_adapter_over_an_sft_adapter_under_fsdp(config):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"lora_dropout": 0.2}, {"lora_dropout": 0.2, "parallel": "fsdp"}, {"lora": False, "parallel": "fsdp"}],
+    [
+        {"lora_dropout": 0.2},
+        pytest.param({"lora_dropout": 0.2, "parallel": "fsdp"}, marks=pytest.mark.long),
+        {"lora": False, "parallel": "fsdp"},
+    ],
     ids=["ddp", "fsdp lora", "fsdp all weights"],
 )
 def test_stop_of_one_rank_stops_all_and_resumes(config, changes):

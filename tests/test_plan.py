@@ -39,9 +39,12 @@ LLAMA_8B = {
 
 # --- against what training takes --------------------------------------------------------------------------
 
-LLAMA_CASES = [
-    {"micro_tokens": 512},
+SHORT_CASES = [
     {"micro_tokens": 1536, "lora_targets": ("all-linear",)},
+    {"micro_tokens": 512, "lora": False, "activation_checkpointing": True},
+]
+LONG_CASES = [
+    {"micro_tokens": 512},
     {"micro_tokens": 1536, "activation_checkpointing": True},
     {"micro_tokens": 512, "lora": False},
     {"micro_tokens": 1536, "lora": False, "activation_checkpointing": True},
@@ -50,7 +53,8 @@ LLAMA_CASES = [
 
 @need_cpp
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_of_this_cpu(tmp_path):
+@pytest.mark.parametrize("cases", [SHORT_CASES, pytest.param(LONG_CASES, marks=pytest.mark.long)], ids=["", "more"])
+def test_memory_of_this_cpu(tmp_path, cases):
     """Peak resident memory of loading and two training steps is as planned, within 15 %."""
     from benchmarks.memory import compare, prepared, random_llama
 
@@ -59,7 +63,7 @@ def test_memory_of_this_cpu(tmp_path):
     tiny_tokenizer().save_pretrained(llama)
     shared = {"out": "none", "method": "orpo", "batch_size": 3}
     of_llama = {"model": str(llama), "data": prepared(tmp_path, str(llama)), **shared}
-    configs = [TrainConfig(**of_llama, **case) for case in LLAMA_CASES]
+    configs = [TrainConfig(**of_llama, **case) for case in cases]
     if loading._packaged():
         (tmp_path / "small").mkdir()
         data = prepared(tmp_path / "small", loading.PACKAGED)

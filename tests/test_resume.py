@@ -162,4 +162,4 @@ def test_interrupt_saves_and_says_how_to_go_on(config):
 
 def test_killed_at_random_moments(tmp_path, model_folder):
     """`python tests/kill_and_resume.py --kills 20` does more of it."""
-    assert len(kill_and_resume(tmp_path, model_folder, num_kills=3, num_steps=30)) == 3
+    assert len(kill_and_resume(tmp_path, model_folder, num_kills=2, num_steps=20)) == 2

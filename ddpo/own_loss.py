@@ -6,6 +6,7 @@ takes `ref_logp` has a reference policy; others than these need a default, which
 
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,8 +59,9 @@ def own_loss(method: str, sha256: str) -> OwnLoss:
     code = Path(file).read_bytes()
     if hashlib.sha256(code).hexdigest() != sha256:
         raise ValueError(f"{file} was changed while the command ran; start it again")
-    module = ModuleType(Path(file).stem)
+    module = ModuleType(f"ddpo_own_{Path(file).stem}")
     module.__file__ = file
+    sys.modules[module.__name__] = module  # where dataclasses and torch.compile look for it
     try:
         exec(compile(code, file, "exec"), vars(module))
     except Exception as err:

@@ -19,7 +19,7 @@ def blocks(page, *languages):
     text = text_of(page)
     found = list(re.finditer(r"^```(\w*)\n(.*?)^```", text, re.S | re.M))
     behind = [b.groups() if not text[a.end() : b.start()].strip() else (None, None) for a, b in pairwise(found)]
-    found = zip(found, [*behind, (None, None)], strict=True)
+    found = zip(found, [*behind, (None, None)], strict=False)  # a page without a block has nothing behind one
     return [(*block.groups(), then) for block, then in found if block[1] in languages]
 
 

@@ -2,7 +2,8 @@
 # make test   set up what is missing, then lint and test
 # make test-long   the tests, and the cases that say over what others say in short
 # make screenshot  README's picture, of the demo's report (wants chromium)
-# make bench  the op and a training step beside other ways, about two hours on two CPU cores; rewrites README's tables
+# make bench  the op and a training step beside other ways, about two hours on two CPU cores; rewrites README's and docs/speed.md's tables
+# make docs   what is generated of README.md and docs/, made anew
 # On Linux without an NVIDIA GPU, PyPI's torch still carries CUDA; the CPU build of download.pytorch.org is smaller:
 #   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
@@ -13,7 +14,7 @@ SETUP := .venv/.installed
 export PIP_EXTRA_INDEX_URL
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo screenshot test test-long bench lint format clean
+.PHONY: demo screenshot test test-long bench docs lint format clean
 
 demo: $(SETUP)
 	$(BIN)/ddpo demo
@@ -37,6 +38,10 @@ bench: $(SETUP)
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.memory --write
 	$(BIN)/python -m benchmarks.deviation --write
+	$(BIN)/python -m benchmarks.readme
+
+docs: $(SETUP)
+	$(BIN)/python docs/generate.py
 	$(BIN)/python -m benchmarks.readme
 
 lint: $(SETUP)

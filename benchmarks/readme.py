@@ -1,6 +1,6 @@
-"""Writes README's generated blocks from the committed results.
+"""Writes the generated blocks of README.md and docs/speed.md from the committed results.
 
-python -m benchmarks.readme            # rewrite README.md
+python -m benchmarks.readme            # rewrite both
 """
 
 import io
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import tables
+from benchmarks import short, tables
 from ddpo.evaluate import MEASURES, table
 from ddpo.files import read_json
 
@@ -84,19 +84,43 @@ def fidelity() -> str:
     return tables.fidelity_readme(read_json(ROOT / "benchmarks" / "results" / "fidelity.json"))
 
 
-BLOCKS = {f.__name__: f for f in (demo, fidelity, ops, step, scaling, memory, deviation, gpu)}
+def headline() -> str:
+    """What a step costs less than."""
+    return short.headline(read_json(ROOT / "benchmarks" / "results" / "step.json"))
 
 
-def render(text: str) -> str:
-    """README with every block between `<!-- name -->` and `<!-- /name -->` made anew."""
-    for name, make in BLOCKS.items():
+def op_short() -> str:
+    """The op, a row a way."""
+    return short.op_short(read_json(ROOT / "benchmarks" / "results" / "ops.json"))
+
+
+def step_short() -> str:
+    """A training step, four rows."""
+    return short.step_short(read_json(ROOT / "benchmarks" / "results" / "step.json"))
+
+
+def deviation_short() -> str:
+    """Mean distances, a few sizes."""
+    return short.deviation_short(read_json(ROOT / "benchmarks" / "results" / "deviation.json"))
+
+
+PLACES = {  # file -> its blocks
+    "README.md": (headline, demo, op_short, step_short, deviation_short, fidelity),
+    "docs/speed.md": (ops, gpu, step, scaling, memory, deviation),
+}
+
+
+def render(place: str, text: str) -> str:
+    """The file's text with every block between `<!-- name -->` and `<!-- /name -->` made anew. Raises ValueError."""
+    for make in PLACES[place]:
+        name = make.__name__
         block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
         text, found = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.S)
         if found != 1:
-            raise ValueError(f"README.md: wanted one block {name!r}, found {found}")
+            raise ValueError(f"{place}: wanted one block {name!r}, found {found}")
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for name in PLACES:
+        (ROOT / name).write_text(render(name, (ROOT / name).read_text()))

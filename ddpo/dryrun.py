@@ -11,7 +11,7 @@ from ddpo.config import PlanConfig, TrainConfig
 from ddpo.data.prepared import Prepared
 from ddpo.data.tokens import ChatTokens
 from ddpo.loading import check_adapter
-from ddpo.objective import METHODS, is_weighted
+from ddpo.objective import is_weighted, method_of
 from ddpo.plan import plan
 from ddpo.schedule import MOST_TOKENS, Schedule, lr_at
 from ddpo.settings import to_yaml
@@ -53,7 +53,7 @@ def _steps(cfg: TrainConfig, schedule: Schedule) -> list[str]:
     zero = f", {np.mean(pool.weight == 0):.0%} of them of weight 0" if is_weighted(cfg) else ""
     lrs = [lr_at(step, num, cfg) for step in range(num)]
     return [
-        f"steps          {num:,}, {schedule.epoch(num):.3g} epochs of {len(pool):,} {METHODS[cfg.method].item}s{zero}",
+        f"steps          {num:,}, {schedule.epoch(num):.3g} epochs of {len(pool):,} {method_of(cfg).item}s{zero}",
         f"learning rate  {lrs[0]:.3g} in the first, {max(lrs):.3g} at the peak, {lrs[-1]:.3g} in the last",
         "",
     ]
@@ -71,7 +71,7 @@ def _sample(cfg: TrainConfig, schedule: Schedule, tokens: ChatTokens) -> list[st
         shown = [ids] if whole else [ids[:HEAD], ids[-TAIL:]]
         return f"{name:<14} {len(ids):,} tokens{note}: " + " ... ".join(repr(decode(part.tolist())) for part in shown)
 
-    names = ["chosen", "rejected"] if METHODS[cfg.method].item == "pair" else ["response"] * len(responses)
+    names = ["chosen", "rejected"] if method_of(cfg).item == "pair" else ["response"] * len(responses)
     rows = [row("prompt", data.prompt_ids(responses[0]))]
     for name, r in zip(names, responses, strict=True):
         note = "" if np.isnan(data.scores[r]) else f", score {data.scores[r]:g}"

@@ -2,11 +2,12 @@
 
 A method is a row of METHODS: what its loss is a mean over, whether it needs a reference policy, whether pairs are
 weighted, the default of beta, and a function from Inputs to its losses. A new loss is a function in ddpo.losses, one
-here, and a row.
+here, and a row; or the user's own (ddpo.own_loss).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from ddpo import losses
 from ddpo.config import TrainConfig
 from ddpo.data.batches import Batch
 from ddpo.ops import sequence_sum
+from ddpo.own_loss import OwnLoss, own_loss
 
 
 class Totals(NamedTuple):
@@ -124,6 +126,12 @@ def _gvpo(x: Inputs) -> Found:
     return Found(values, None, {name: sequence_sum(v.detach(), groups) / size for name, v in metrics.items()})
 
 
+def _own(own: OwnLoss, x: Inputs) -> Found:
+    given = {"logp": x.sequence, "ref_logp": x.ref_logp, "pairs": x.batch.pairs, "num_tokens": x.num_tokens}
+    values = own(len(x.batch.pairs), beta=x.beta, **given)
+    return Found(values, x.beta * (x.sequence if x.ref_logp is None else x.sequence - x.ref_logp), {})
+
+
 METHODS = {
     "sft": Method(_sft, item="response"),
     "dpo": Method(_dpo, needs_reference=True),
@@ -140,8 +148,19 @@ METHODS = {
 # --- what the settings come to ----------------------------------------------------------------------------
 
 
+def method_of(cfg: TrainConfig) -> Method:
+    """The method's row of METHODS, or one of the user's own loss. Raises ValueError for a function that is no loss."""
+    if cfg.method in METHODS:
+        return METHODS[cfg.method]
+    own = own_loss(cfg.method, cfg.method_sha256)
+    if cfg.beta is not None and "beta" not in own.names:
+        raise ValueError(f"config: beta does nothing under method {cfg.method}: the function has no parameter 'beta'")
+    return Method(partial(_own, own), needs_reference="ref_logp" in own.names, beta=own.beta)
+
+
 def is_weighted(cfg: TrainConfig) -> bool:
-    return METHODS[cfg.method].item == "pair" and (METHODS[cfg.method].weighted or cfg.weighted)
+    method = method_of(cfg)
+    return method.item == "pair" and (method.weighted or cfg.weighted)
 
 
 def weight_is_a_factor(cfg: TrainConfig) -> bool:
@@ -166,7 +185,7 @@ def objective(
 
     logp (k, S or more): responses, then prompts; ref_logp (S,) or None.
     """
-    method = METHODS[cfg.method]
+    method = method_of(cfg)
     x = Inputs(
         cfg=cfg,
         beta=method.beta if cfg.beta is None else cfg.beta,

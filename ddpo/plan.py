@@ -20,7 +20,7 @@ from ddpo.data.prepared import Prepared
 from ddpo.footprint import Pass, Size, measure, size_of
 from ddpo.loading import pick_dtype, read_config
 from ddpo.model import pick_drop_below
-from ddpo.objective import METHODS, scores_prompts
+from ddpo.objective import method_of, scores_prompts
 from ddpo.ops import chunked, cpp, tuned
 from ddpo.schedule import MOST_TOKENS, Schedule
 from ddpo.state import LEAST_TOKENS_CPU, check_dtype, pick_parallel
@@ -148,7 +148,7 @@ def step_of(cfg: PlanConfig) -> Step:
     if cfg.data and Path(cfg.data).exists():
         return _step_of_folder(cfg, least)
     length = cfg.tokens_per_prompt + cfg.tokens_per_response - 1
-    of_item = {"response": 1, "pair": 2, "group": cfg.responses_per_group}[METHODS[cfg.method].item]
+    of_item = {"response": 1, "pair": 2, "group": cfg.responses_per_group}[method_of(cfg).item]
     num, most = cfg.batch_size * of_item, of_item * -(-cfg.batch_size // max(1, cfg.gpus))  # in all, of a process
     rows = length if scores_prompts(cfg) else cfg.tokens_per_response
     why = f"assumed: {num} responses of {cfg.tokens_per_response} tokens, prompts of {cfg.tokens_per_prompt}"

@@ -29,6 +29,11 @@ def check_run(cfg: TrainConfig) -> Path:
         before = usual | begun  # an option that there was not yet when the run began was at its default
         now = yaml.safe_load(to_yaml(cfg))
         changed = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]
+        if "method_sha256" in changed and "method" not in changed:
+            raise ValueError(
+                f"{run}: the file of method {cfg.method} has changed since the run was started; put it back, or give "
+                "another --out"
+            )
         if changed:
             raise ValueError(
                 f"{run}: the run was started with other settings ({', '.join(changed)}); resume with those in its "

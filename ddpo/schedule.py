@@ -11,7 +11,7 @@ from ddpo.config import TrainConfig
 from ddpo.data.batches import Batch, consecutive, filler, first_fit, pack, share_out
 from ddpo.data.prepared import Prepared
 from ddpo.items import items_of
-from ddpo.objective import METHODS, Totals, scores_prompts, weight_is_a_factor
+from ddpo.objective import Totals, method_of, scores_prompts, weight_is_a_factor
 
 MOST_TOKENS = 4096  # of a pack, where the settings name no number
 
@@ -30,7 +30,7 @@ class Schedule:
         """least_tokens: micro_tokens where the settings name none and every component fits into it. Raises ValueError
         where the folder has no item for the method."""
         self.data, self.cfg = data, cfg
-        self.pool = items_of(data, METHODS[cfg.method].item)
+        self.pool = items_of(data, method_of(cfg).item)
         skips = weight_is_a_factor(cfg) and not cfg.forward_zero_weight
         self._forwarded = self.pool.weight != 0 if skips else np.ones(len(self.pool), bool)
         self._length = data.num_prompt_tokens + data.num_tokens - 1  # (R,) tokens that pass the model

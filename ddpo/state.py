@@ -16,7 +16,7 @@ from ddpo.data.tokens import ChatTokens
 from ddpo.layers import apply_liger, speed_up
 from ddpo.loading import add_lora, find_model, load_model, pick_autocast, save_model
 from ddpo.model import Policy, pick_drop_below
-from ddpo.objective import METHODS
+from ddpo.objective import method_of
 from ddpo.ops import cpp
 from ddpo.refcache import identity, reference_logp
 from ddpo.schedule import MOST_TOKENS, Schedule
@@ -63,7 +63,7 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
     schedule = Schedule(data, cfg, least_tokens)
     held_out = Schedule.of_all(check_held_out(cfg, data), cfg, least_tokens) if cfg.eval_data else None
     policy = build_policy(cfg, device)
-    parts = identity(policy, cfg.adapter) if METHODS[cfg.method].needs_reference else None
+    parts = identity(policy, cfg.adapter) if method_of(cfg).needs_reference else None
     policy = distributed.wrap(policy, pick_parallel(cfg))
     params = {n: p for n, p in distributed.unwrap(policy).named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)

@@ -13,7 +13,7 @@ from ddpo import distributed, log, passes
 from ddpo.config import TrainConfig
 from ddpo.dryrun import dry_run
 from ddpo.loading import find_model
-from ddpo.objective import METHODS, objective
+from ddpo.objective import method_of, objective
 from ddpo.run import OnTheWay, Stop, begin_run, check_run, graceful
 from ddpo.schedule import lr_at
 from ddpo.settings import run_command
@@ -151,7 +151,7 @@ def evaluate(state: State, watch: Watch) -> None:
 
 def item_name(cfg: TrainConfig) -> str:
     """What the numbers of a step's items are called in metrics: pairs, responses (SFT) or groups (GVPO)."""
-    return f"{METHODS[cfg.method].item}s"
+    return f"{method_of(cfg).item}s"
 
 
 def means(sums: dict[str, float], cfg: TrainConfig) -> tuple[dict[str, float], float]:

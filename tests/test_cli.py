@@ -1,4 +1,4 @@
-"""The command line as a person meets it, README's commands, and the demo's data."""
+"""The command line as a person meets it, and the demo's data."""
 
 import json
 import re
@@ -86,30 +86,6 @@ def test_errors_are_one_line(tmp_path):
     done = run("generate", str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "out.jsonl"))
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "the file is empty" in done.stderr and not (tmp_path / "out.jsonl").exists()
-
-
-def commands(path):
-    """The `ddpo ...` commands in a document's code blocks."""
-    blocks = re.findall(r"```(?:sh|bash|console)?\n(.*?)```", (ROOT / path).read_text(), re.S)
-    text = "\n".join(blocks).replace("\\\n", " ")
-    lines = [re.sub(r"\s+#.*", "", line.strip().removeprefix("$ ")) for line in text.splitlines()]
-    return [line for line in lines if re.match(r"(ddpo|torchrun|make) ", line)]
-
-
-@pytest.mark.parametrize("command", commands("README.md"))
-def test_commands_of_the_readme(command):
-    """Every option they name exists; make targets are there."""
-    words = shlex.split(command)
-    if words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
-        return
-    if words[0] == "torchrun":
-        at = words.index("-m")
-        assert words[at + 1] == "ddpo.train"
-        words = ["ddpo", "train", *words[at + 2 :]]
-    _, cls, positional = VERBS[words[1]]
-    if "--config" not in words:  # the file is the reader's own
-        assert isinstance(parse(cls, words[2:], "ddpo", positional), cls)
 
 
 def test_demo_data():

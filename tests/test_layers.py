@@ -18,6 +18,7 @@ FLOORS = [  # a file imports its own floor or lower
         *(
             "distributed",
             "objective",
+            "own_loss",
             "schedule",
             "passes",
             "run",

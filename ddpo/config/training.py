@@ -1,9 +1,14 @@
 """Settings of training and of what is asked about a training run."""
 
+import difflib
+import hashlib
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from ddpo.config.checked import Checked
+
+METHODS = tuple("sft dpo ddpo orpo dorpo spl ipo simpo gvpo".split())  # ddpo.objective has a row for each
 
 _READ_BY = {  # options that only some methods read
     "weighted": "dpo ddpo orpo dorpo spl ipo simpo".split(),
@@ -34,9 +39,12 @@ class TrainConfig(Checked):
     """Policy to start from: a folder, a hub name or 'smollm2-135m-instruct'."""
     adapter: str | None = None
     """LoRA adapter to go on from (an SFT run's): the reference policy holds it, the adapter written includes it."""
-    method: Literal["sft", "dpo", "ddpo", "orpo", "dorpo", "spl", "ipo", "simpo", "gvpo"] = "ddpo"
-    """The loss. SFT learns from all responses, GVPO from all scored responses of a prompt together, all others from
-    pairs."""
+    method: str = "ddpo"
+    """The loss: sft, dpo, ddpo, orpo, dorpo, spl, ipo, simpo, gvpo, or FILE.py:NAME, your own function over pairs
+    (docs/add-a-loss.md; the file is run). SFT learns from all responses, GVPO from all scored responses of a prompt
+    together, all others from pairs."""
+    method_sha256: str | None = None
+    """Of method's FILE.py. Filled in, so that a run's config.yaml knows the file and a changed one is refused."""
     weighted: bool = False
     """Multiply a pair's loss by its weight under any method of pairs, as DDPO does DPO's and DORPO ORPO's."""
     beta: float | None = None
@@ -139,6 +147,7 @@ class TrainConfig(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_method()
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"config: label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.gamma < 0:
@@ -147,11 +156,33 @@ class TrainConfig(Checked):
             raise ValueError("config: method spl needs alpha, above beta for more diversity (equal to it, it is DPO)")
         for field in fields(TrainConfig):
             methods = _READ_BY.get(field.name, [self.method])
-            if self.method not in methods and getattr(self, field.name) != field.default:
+            own = self.method not in METHODS and field.name in ("weighted", "beta")
+            if self.method not in methods and not own and getattr(self, field.name) != field.default:
                 raise ValueError(
                     f"config: {field.name} does nothing under method {self.method}, got {getattr(self, field.name)!r}; "
                     f"leave it out (it is for {', '.join(methods)})"
                 )
+
+    def _check_method(self):
+        """A known name, or FILE.py:NAME whose file is there; its hash is taken or compared. The file is not run."""
+        file, colon, name = self.method.rpartition(":")
+        if self.method in METHODS:
+            if self.method_sha256 is not None:
+                raise ValueError(f"config: method_sha256 is of a method FILE.py:NAME; leave it out under {self.method}")
+            return
+        if not (colon and file.endswith(".py") and name.isidentifier()):
+            near = difflib.get_close_matches(self.method, METHODS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"wanted one of {', '.join(METHODS)}, or FILE.py:NAME"
+            raise ValueError(f"config: unknown method {self.method!r}; {hint}")
+        if not Path(file).is_file():
+            raise ValueError(f"config: method {self.method}: there is no file {file}")
+        sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        if self.method_sha256 not in (None, sha256):
+            raise ValueError(
+                f"config: {file} has changed since method_sha256 was written; put it back, or leave method_sha256 out "
+                "and give another --out"
+            )
+        object.__setattr__(self, "method_sha256", sha256)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,15 @@
 
 import errno
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 WRONG, INPUT = 1, 2  # exit codes: the machine or a check; the input
 FULL = {errno.ENOSPC, errno.EDQUOT}
 OF_THE_MACHINE = {*FULL, errno.EIO, errno.ENOMEM, errno.EMFILE}
+OFFLINE = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError", "ProxyError"}
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
 HERE = Path(__file__).parent
 
@@ -30,10 +34,82 @@ def explain(err: BaseException) -> tuple[int, str]:
         return WRONG, f"error: {text}"
     if isinstance(err, ModuleNotFoundError):
         return WRONG, f"error: {text}; the installation lacks it: `ddpo doctor` says what else, `pip install` mends it"
+    old = "; ".join(f"{name} {version} is installed, wanted {wanted}" for name, version, wanted in too_old())
+    way_out = f"perhaps because {old}: pip install -U it" if old else "this is a mistake of ddpo or of a library"
     return WRONG, (
-        f"error: unexpected {type(err).__name__}: {text}; this is a mistake of ddpo or of a library: set "
-        "DDPO_TRACEBACK=1 to see where, and report it"
+        f"error: unexpected {type(err).__name__}: {text[:400]}; {way_out}; set DDPO_TRACEBACK=1 to see where"
+        + ("" if old else ", and report it")
     )
+
+
+def too_old() -> Iterator[tuple[str, str, str]]:
+    """(name, version, wanted) of each requirement of ddpo that is installed in another version than it wants."""
+    try:
+        from packaging.requirements import Requirement
+
+        wanted = [Requirement(line) for line in metadata.requires("ddpo") or ()]
+    except (ImportError, metadata.PackageNotFoundError):
+        return
+    for one in wanted:
+        if one.marker and not one.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(one.name)
+        except metadata.PackageNotFoundError:
+            continue
+        if not one.specifier.contains(version, prereleases=True):
+            yield one.name, version, str(one.specifier)
+
+
+@contextmanager
+def named(kind: str, name: str) -> Iterator[None]:
+    """Inside, what Hugging Face's libraries raise of a model, an adapter or a data set becomes one ValueError with the
+    way out."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as err:
+        if isinstance(err, RuntimeError | ImportError) and (_is_no_memory(err) or not _of_its_content(err)):
+            raise
+        raise ValueError(f"{kind} {name!r}: {_way_out(kind, name, err)}") from err
+    except Exception as err:
+        if type(err).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"{kind} {name!r}: its weights' file is damaged ({err}); get it again") from err
+
+
+def _of_its_content(err: BaseException) -> bool:
+    return any(words in str(err) for words in ("size mismatch", "state_dict"))
+
+
+def _chain(err: BaseException | None) -> Iterator[BaseException]:
+    while err is not None:
+        yield err
+        err = err.__cause__ or err.__context__
+
+
+def _way_out(kind: str, name: str, err: BaseException) -> str:
+    kinds, text = {type(e).__name__ for e in _chain(err)}, " ".join(str(e) for e in _chain(err))
+    url = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name}"
+    if "GatedRepoError" in kinds or "gated repo" in text:
+        return f"is gated on the hub; accept its terms at {url} and log in (`hf auth login`), or give a folder"
+    if "RepositoryNotFoundError" in kinds or "DatasetNotFoundError" in kinds or "not a valid model identifier" in text:
+        return (
+            f"there is no such folder, and none of that name at {url}, or it is private; check it, or `hf auth login`"
+        )
+    if kinds & OFFLINE or "couldn't connect" in text or "offline mode" in text.lower():
+        return (
+            "there is no such folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set); check the name, give a "
+            "folder, or download it where there is a network"
+        )
+    if "trust_remote_code" in text or "custom code" in text:
+        return (
+            "wants to run code of its own, which ddpo does not do for it; take a model that transformers has itself, "
+            "or an encoder with --trust-remote-code"
+        )
+    if "HFValidationError" in kinds:
+        return "there is no such folder, and it cannot be a name on the hub; check the path"
+    first = " ".join(str(err).split())
+    return f"cannot be loaded: {first[:300]}{'...' if len(first) > 300 else ''}"
 
 
 def _of_files(err: OSError) -> tuple[int, str]:

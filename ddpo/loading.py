@@ -102,16 +102,16 @@ def pretrained(cls, name: str, **options):
     Raises: ValueError with the way out, for a folder that holds no model and for whatever the hub answers.
     """
     folder = Path(name)
+    wanted = ("config.json", "tokenizer_config.json", "tokenizer.json")[: 3 if cls is AutoTokenizer else 1]
     if folder.is_file():
         raise ValueError(f"model {name!r}: is a file; wanted a model's folder or its name on the hub")
-    if folder.is_dir() and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        if cls is not AutoTokenizer:
+    if folder.is_dir() and "gguf_file" not in options and not any((folder / file).is_file() for file in wanted):
+        if (folder / "adapter_config.json").is_file():
             base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
             raise ValueError(f"model {name!r}: is a LoRA adapter; give it as --adapter, and --model {base}")
-    elif folder.is_dir() and "gguf_file" not in options and not (folder / "config.json").is_file():
-        inner = next((n for n in ("model", "adapter") if (folder / n).is_dir()), None)
-        hint = f"; did you mean {folder / inner}?" if inner else "; wanted what save_pretrained writes"
-        raise ValueError(f"model {name!r}: the folder holds no model (no config.json){hint}")
+        inner = folder / "model"
+        hint = f"did you mean {inner}?" if inner.is_dir() else "wanted what save_pretrained writes"
+        raise ValueError(f"model {name!r}: the folder holds no model (no config.json); {hint}")
     with named("model", name):
         return cls.from_pretrained(name, trust_remote_code=False, **options)
 

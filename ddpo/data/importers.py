@@ -127,7 +127,8 @@ def identity(source: str, split: str) -> str:
     check_source(path)
     import datasets
 
-    builder = datasets.load_dataset_builder(source)
+    with named("data set", source):
+        builder = datasets.load_dataset_builder(source)
     files = (builder.config.data_files or {}).get(split)
     return f"{source} {split} {files.origin_metadata if files else builder.hash}"
 

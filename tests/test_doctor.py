@@ -126,6 +126,11 @@ def test_it_is_refused_before_it_is_loaded():
     assert done.returncode == 1 and re.fullmatch(
         f"error: .*was built for {unit}, .*DEFAULT; build it anew.*\n", done.stderr
     )
-    done = doctor("--json", ATEN_CPU_CAPABILITY="default")
-    broken = [f for f in json.loads(done.stdout)["findings"] if f["section"] == "ops"]
-    assert done.returncode == 1 and [f["state"] for f in broken] == ["broken"] and "was built for" in broken[0]["found"]
+
+
+def test_doctor_tells_it(monkeypatch):
+    why = "ImportError: ddpo/_C.so: was built for AVX512, this machine has AVX2; build it anew here"
+    tried = probes.tried
+    monkeypatch.setattr(probes, "tried", lambda name: (None, why) if name == "ddpo.ops.cpp" else tried(name))
+    (found,) = probes.kernels()
+    assert found.state == "broken" and found.found == why and found.way_out

@@ -3,9 +3,6 @@
 import ast
 import io
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, STORIES, write_groups
@@ -125,25 +122,20 @@ def test_texts_steer_no_terminal(monkeypatch):
     assert log.visible("two\nlines\tand é, 中, 🙂") == "two\nlines\tand é, 中, 🙂"
 
 
-def test_hostile_file_through_a_command(tmp_path, model_folder):
-    """Its texts and its name are shown by `prepare --dry-run`, in the error of a bad line, and by --json."""
+def test_hostile_file_through_a_command(tmp_path, model_folder, capsys):
+    """Its texts and its name are shown by `prepare --dry-run` and in the error of a bad line."""
     text = HOSTILE.replace("\ud800", "")
     source = tmp_path / "a\x1b[31m[red]b.jsonl"
     write_groups(source, [(text, [(text, 1), ("b", 2)]), *STORIES])
-
-    def ddpo(*arguments):
-        env = {**os.environ, "FORCE_COLOR": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", "ddpo", *arguments], capture_output=True, text=True, timeout=120, env=env
-        )
-        return done.returncode, done.stdout, done.stderr
-
     options = ("--out", str(tmp_path / "out"), "--model", model_folder, "--measures", "style", "--dry-run")
-    code, out, err = ddpo("prepare", str(source), *options)
-    assert code == 0 and "a\\x1b[31m[red]b.jsonl" in out and not set("\x07\x9b\u202e") & set(out + err)
+    main(["prepare", str(source), *options])
+    out = capsys.readouterr().out
+    assert "a\\x1b[31m[red]b.jsonl" in out and not set("\x1b\x07\x9b\u202e") & set(out)
     source.write_text('{"prompt": "p", "responses": 1}\n')
-    code, _, err = ddpo("prepare", str(source), *options)
-    assert code == 2 and err.startswith("error: a\\x1b[31m[red]b.jsonl:1: ") and "\x1b" not in err
+    with pytest.raises(SystemExit):
+        main(["prepare", str(source), *options])
+    err = capsys.readouterr().err
+    assert err.startswith("error: a\\x1b[31m[red]b.jsonl:1: ") and "\x1b" not in err
 
 
 def test_json_is_plain(capsys):

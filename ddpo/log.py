@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 # what a terminal would obey: control characters but tab and line feed, and marks that turn the writing direction; and
 # halves of surrogate pairs, which it cannot be sent
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

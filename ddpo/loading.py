@@ -135,7 +135,9 @@ def adapted(model, name: str, adapter: str) -> PeftModel:
         if not file.is_file():
             raise
         base = read_json(file).get("base_model_name_or_path")
-        raise ValueError(f"adapter {adapter!r} does not fit {name!r}; it was made for {base!r} ({err})"[:500]) from err
+        raise ValueError(
+            f"adapter {adapter!r} does not fit {name!r}; it was made for {base!r} ({str(err)[:300]} ...)"
+        ) from err
 
 
 def merged(model: PeftModel):

@@ -96,6 +96,9 @@ def run_command(run: Callable, cls: type, prog: str, positional: str | None, arg
         except BaseException as err:
             if isinstance(err, SystemExit) and not asked.yes:
                 raise
+            if isinstance(err, BrokenPipeError):  # the reader of our output has enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
             code, line = (INTERRUPTED, _how_to_go_on(cls)) if asked.yes else explain(err)
             if os.environ.get("DDPO_TRACEBACK") and not asked.yes:
                 raise

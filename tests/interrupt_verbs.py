@@ -149,8 +149,6 @@ def main(here: Path) -> None:
     modules = "prepare weigh train generate reward score evaluate annotate winrate checkpoint".split()
     for name in modules:
         __import__(f"ddpo.{name}")
-    import sentence_transformers  # noqa: F401
-
     print(json.dumps({verb: wrong(verb, here, *found) for verb, found in commands(here).items()}))
 
 

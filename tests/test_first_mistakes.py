@@ -89,7 +89,10 @@ CASES = {  # name -> command, part of its line, exit code where it is not 2
     "adapter offline": ("generate {groups} --out {out} {tiny} --adapter some/one", "adapter 'some/one': "),
     "no template": ("generate {groups} --out {out} {tiny} --chat-template {here}/no", "there is no such file"),
     "out is a file": ("prepare {groups} --out {here}/file {tiny}", "is not overwritten; give another name"),
-    "out under a file": ("generate {groups} --out {here}/file/x {tiny} --max-new-tokens 2", "file"),
+    "out under a file": (
+        "generate {groups} --out {here}/file/x {tiny} --max-new-tokens 2",
+        "is a file where a folder is wanted",
+    ),
     "out not writable": ("generate {groups} --out /proc/none/x {tiny} --max-new-tokens 2", "/proc/none: there is no"),
     "one response": ("train {here}/of-one --out {out} {tiny}", "no pair"),
     "liger, no GPU": ("train {prepared} --out {out} {tiny} --liger on", "GPU", 1),

@@ -1,17 +1,20 @@
 """Interrupts every verb that writes, at several moments: what is there is whole, what is not finished is not there, and
-the same command goes on. A process that has imported everything forks a child a command, so that it is quick.
-
-`python tests/interrupt_verbs.py FOLDER` prints a JSON object of what went wrong, by verb; nothing is in the lists.
+the same command goes on. A command runs in a fork of a process that has imported everything, so that it is quick.
 """
 
 import contextlib
-import json
+import importlib
 import os
 import re
 import signal
 import sys
 import time
 from pathlib import Path
+
+import torch
+
+from ddpo import files
+from ddpo.cli import VERBS, main
 
 LIMIT_S = 60  # of a command
 MANY_FILES = ("prepare", "train", "annotate")
@@ -42,13 +45,12 @@ def commands(here: Path) -> dict[str, tuple[str, list[str]]]:
 
 def child(command: list[str], said: Path, at: str | None) -> None:
     """Runs the command in this process, which then ends. at: where it interrupts itself, or nothing."""
+    torch.set_num_threads(1)  # the threads that others had are not in a fork
     with said.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from ddpo import files
-    from ddpo.cli import main
-
     if at:  # in the middle of the first or the last file that is put in its place
         before, left = files.sync, iter(range(int(at)))
 
@@ -103,6 +105,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 def wrong(verb: str, here: Path, command: str, outputs: list[str]) -> list[str]:
+    importlib.import_module(VERBS[verb][0])
     whole, found = here / f"{verb}-whole", []
     whole.mkdir()
     code, said, seconds, _ = run(command, whole)
@@ -140,17 +143,3 @@ def is_a_runs(name: str) -> bool:
 
 def same(folder: Path, reference: dict[str, bytes]) -> bool:
     return {name: content for name, content in listing(folder).items() if not is_a_runs(name)} == reference
-
-
-def main(here: Path) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    modules = "prepare weigh train generate reward score evaluate annotate winrate checkpoint".split()
-    for name in modules:
-        __import__(f"ddpo.{name}")
-    print(json.dumps({verb: wrong(verb, here, *found) for verb, found in commands(here).items()}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -210,7 +210,7 @@ def test_exit_codes_are_told():
 
 
 def test_traceback_on_request(tmp_path):
-    command = [sys.executable, "-m", "ddpo", "winrate", "a.csv", "--key", str(tmp_path / "no")]
+    command = [sys.executable, "-m", "ddpo", "train", "--config", str(tmp_path / "no.yaml")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=60, env={**os.environ, "DDPO_TRACEBACK": "1"}
     )

@@ -32,14 +32,15 @@ def explain(err: BaseException) -> tuple[int, str]:
         return INPUT, f"error: {text}"
     if isinstance(err, RuntimeError | ImportError) and _is_ours(err):
         return WRONG, f"error: {text}"
-    if isinstance(err, ModuleNotFoundError):
-        return WRONG, f"error: {text}; the installation lacks it: `ddpo doctor` says what else, `pip install` mends it"
     old = "; ".join(f"{name} {version} is installed, wanted {wanted}" for name, version, wanted in too_old())
-    way_out = f"perhaps because {old}: pip install -U it" if old else "this is a mistake of ddpo or of a library"
-    return WRONG, (
-        f"error: unexpected {type(err).__name__}: {text[:400]}; {way_out}; set DDPO_TRACEBACK=1 to see where"
-        + ("" if old else ", and report it")
-    )
+    if old:
+        way_out = f"perhaps because {old}: `pip install -U` those; DDPO_TRACEBACK=1 shows where it happened"
+    elif isinstance(err, ImportError):
+        way_out = "the installation lacks it: `ddpo doctor` says what else, `pip install` mends it"
+    else:
+        way_out = "a mistake of ddpo or of a library: DDPO_TRACEBACK=1 shows where it happened; report it, please"
+    what = "" if isinstance(err, ImportError) else f"unexpected {type(err).__name__}: "
+    return WRONG, f"error: {what}{text[:400]}; {way_out}"
 
 
 def too_old() -> Iterator[tuple[str, str, str]]:
@@ -68,6 +69,8 @@ def named(kind: str, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as err:
+        if isinstance(err, OSError) and err.errno in OF_THE_MACHINE:
+            raise
         if isinstance(err, RuntimeError | ImportError) and (_is_no_memory(err) or not _of_its_content(err)):
             raise
         raise ValueError(f"{kind} {name!r}: {_way_out(kind, name, err)}") from err
@@ -78,7 +81,7 @@ def named(kind: str, name: str) -> Iterator[None]:
 
 
 def _of_its_content(err: BaseException) -> bool:
-    return any(words in str(err) for words in ("size mismatch", "state_dict"))
+    return any(words in str(err) for words in ("mismatch", "state_dict"))
 
 
 def _chain(err: BaseException | None) -> Iterator[BaseException]:

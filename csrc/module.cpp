@@ -1,5 +1,8 @@
 // Schemas of the kernels, and an empty Python module: importing it loads the shared object, which registers
 // torch.ops.ddpo.*
+//
+// The vector unit it was built for is read from the file's bytes before that (ddpo/ops/cpp.py): on a machine without it
+// even the registration may be an instruction that the machine does not know.
 #include <Python.h>
 #include <torch/library.h>
 
@@ -37,6 +40,14 @@ TORCH_LIBRARY(ddpo, m) {
       "Tensor(b!) by_column, bool same, bool is_squared) -> ()");
   m.def("allocate_tightly(bool on) -> ()");
 }
+
+#define DDPO_TEXT_OF(x) #x
+#define DDPO_TEXT(x) DDPO_TEXT_OF(x)
+#ifndef CPU_CAPABILITY
+#define CPU_CAPABILITY DEFAULT
+#endif
+extern "C" __attribute__((used, visibility("default"))) const char ddpo_built_for[] =
+    "ddpo._C built for " DDPO_TEXT(CPU_CAPABILITY) ";";
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
 PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }

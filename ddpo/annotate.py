@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from rich.markup import escape
 
 from ddpo import log
 from ddpo.config import AnnotateConfig
@@ -34,7 +33,8 @@ def annotate(cfg: AnnotateConfig) -> Path:
     files = [
         {"label": name, "path": path, "sha256": sha256(path)} for name, path in zip(names, cfg.responses, strict=True)
     ]
-    key = {"files": files, "questions": list(cfg.questions), "settings": asdict(cfg)}
+    settings = {name: value for name, value in asdict(cfg).items() if name != "json"}
+    key = {"files": files, "questions": list(cfg.questions), "settings": settings}
     rows, key["rows"] = draw_sets([read_groups_file(path) for path in cfg.responses], files, cfg)
     with new_folder(out, cfg.overwrite) as draft:
         columns = [f"{side} {i + 1}" for side in SIDES for i in range(cfg.num_responses)]
@@ -43,11 +43,20 @@ def annotate(cfg: AnnotateConfig) -> Path:
         write_json(draft / "key.json", key)
     say = log.console.print
     say(f"{len(rows)} prompts, 2 sets of {cfg.num_responses} each")
-    say(f"for the annotators (A, B or tie in {', '.join(cfg.questions)}): {escape(str(out / 'sets.csv'))}")
-    say(f"not for them: {escape(str(out / 'key.json'))}, which `ddpo winrate` wants as --key")
+    say(f"for the annotators (A, B or tie in {', '.join(cfg.questions)}): {out / 'sets.csv'}")
+    say(f"not for them: {out / 'key.json'}, which `ddpo winrate` wants as --key")
     long = sum(len(cell) > EXCEL_CELL for row in rows for cell in row)
     if long:
         say(f"{long} cells have more than the {EXCEL_CELL:,} characters that Excel keeps; use another program")
+    log.answer(
+        cfg,
+        {
+            "num_prompts": len(rows),
+            "num_responses": cfg.num_responses,
+            "sets": out / "sets.csv",
+            "key": out / "key.json",
+        },
+    )
     return out
 
 

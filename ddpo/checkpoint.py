@@ -16,7 +16,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from ddpo import distributed, log
-from ddpo.files import new_folder, read_json, sha256, write_json
+from ddpo.files import inside, new_folder, read_json, sha256, write_json
 
 FOLDER = "checkpoints"
 FILE = "state.safetensors"  # of what is not shared out
@@ -112,7 +112,7 @@ def _last_whole(run: Path) -> Path | None:
         damaged = _damage(path)
         if damaged is None:
             return path
-        log.console.print(f"[yellow]{path} is damaged ({damaged}); going on from the one before[/]")
+        log.console.print(f"{path} is damaged ({damaged}); going on from the one before", style="yellow")
     if found:
         raise ValueError(f"{run / FOLDER}: every checkpoint is damaged; start anew with another --out")
     return None
@@ -122,7 +122,7 @@ def _damage(path: Path) -> str | None:
     try:
         state = read_json(path / "state.json")
         damaged = ["state.json"] if state.pop("seal") != _seal(state) else []
-        damaged += [name for name, digest in state["sha256"].items() if sha256(path / name) != digest]
+        damaged += [name for name, digest in state["sha256"].items() if sha256(inside(path, name)) != digest]
     except (OSError, ValueError, KeyError, AttributeError) as err:
         return f"{type(err).__name__}: {err}"
     return ", ".join(damaged) or None

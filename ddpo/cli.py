@@ -8,6 +8,7 @@ from ddpo import __version__
 from ddpo.config import (
     AnnotateConfig,
     DemoConfig,
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
@@ -40,14 +41,25 @@ VERBS = {
     "export": ("ddpo.export", ExportConfig, "run"),
     "tune": ("ddpo.tune", TuneConfig, "model"),
     "demo": ("ddpo.demo", DemoConfig, None),
+    "doctor": ("ddpo.doctor", DoctorConfig, None),
+}
+EXIT_CODES = {
+    0: "done",
+    1: "the machine failed (memory, disk, a part that is not installed), a check found something wrong, or ddpo did",
+    2: "the input is wrong: an option, a file, a model's name; the line says what was wanted and the way out",
+    130: "interrupted by Ctrl-C or SIGTERM; what was written is whole",
 }
 
 
 def usage() -> str:
     lines = [f"  {verb:<10} {cls.__doc__.splitlines()[0]}" for verb, (_, cls, _) in VERBS.items()]
-    return "\n".join(
-        ["usage: ddpo VERB ...", "", *lines, "", "`ddpo VERB --help` lists a verb's options and an example."]
+    codes = [f"  {code:<10} {meaning}" for code, meaning in EXIT_CODES.items()]
+    head, foot = "usage: ddpo VERB ...", "`ddpo VERB --help` lists a verb's options and an example."
+    notes = (
+        "--json: a verb's numbers as one JSON object on stdout. Environment: NO_COLOR=1 takes the colours away,\n"
+        "DDPO_TRACEBACK=1 shows where an error happened."
     )
+    return "\n".join([head, "", *lines, "", foot, "", "exit codes:", *codes, "", notes])
 
 
 def main(argv: list[str] | None = None) -> None:

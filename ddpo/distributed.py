@@ -27,7 +27,7 @@ def start() -> tuple[int, int]:
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device(), timeout=TIMEOUT)
         else:
             dist.init_process_group("gloo", timeout=TIMEOUT)
-        log.console.quiet = dist.get_rank() > 0
+        log.console.quiet = log.console.quiet or dist.get_rank() > 0
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

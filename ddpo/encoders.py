@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from ddpo import log
+from ddpo.mishaps import named
 
 CHUNK = 256  # texts encoded between two moves of the progress bar
 STYLE_VERSION = 1  # of the built-in encoder's features; a change makes embeddings that were kept useless
@@ -80,7 +81,8 @@ def load_encoder(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model = SentenceTransformer(path, trust_remote_code=trust_remote_code)
+    with named(f"{measure} encoder", name):
+        model = SentenceTransformer(path, trust_remote_code=trust_remote_code)
     if task and "task" not in model.get_model_kwargs():
         raise ValueError(f"{measure}: {name} knows no tasks, so none is called {task!r}")
     options = {"prompt": prompt} | ({"task": task} if task else {})

@@ -1,11 +1,9 @@
 """`ddpo evaluate`: quality, diversity, length and likelihood of files of responses, by prompt and averaged, and what
 changed from a baseline."""
 
-import json
 from dataclasses import asdict
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from ddpo import distributed, log, metrics
@@ -55,11 +53,9 @@ def evaluate(cfg: EvaluateConfig) -> dict:
         if cfg.export_annotation and distributed.is_first():  # first: what it refuses is refused at once
             annotate(AnnotateConfig(responses=cfg.files, out=cfg.export_annotation, seed=cfg.seed))
         result = _evaluate(cfg)
-    if distributed.is_first():
-        if cfg.json:
-            print(json.dumps(result, ensure_ascii=False))
-        if cfg.out:
-            write_json(cfg.out, result)
+    if distributed.is_first() and cfg.out:
+        write_json(cfg.out, result)
+    log.answer(cfg, result)
     if not cfg.json:
         show(result)
         if cfg.out:
@@ -139,7 +135,7 @@ def table(result: dict) -> Table:
     table = Table(title=f"{result['num_prompts']} prompts, means over prompts")
     table.add_column("measure", no_wrap=True)
     for name in means:
-        table.add_column(escape(name), justify="right", overflow="fold")
+        table.add_column(name, justify="right", overflow="fold")
     one = next(iter(differences.values())) if len(differences) == 1 else None
     if one:
         table.add_column("difference [95 %]")

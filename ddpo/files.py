@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ddpo.interrupts import undisturbed
+
 
 def cache_folder() -> Path:
     """Where what can be made again is kept for the user: models unpacked, choices of `ddpo tune`."""
@@ -28,8 +30,8 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
     try:
+        draft.mkdir()
         yield draft
         place(draft, path, overwrite)
     finally:
@@ -44,9 +46,10 @@ def place(draft: Path, path: Path, overwrite: bool = False) -> None:
         raise FileExistsError(f"{path} exists already; give another name or --overwrite")
     if path.exists():
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        path.rename(old)
-        draft.rename(path)
-        shutil.rmtree(old)
+        with undisturbed():
+            path.rename(old)
+            draft.rename(path)
+            shutil.rmtree(old)
     else:
         try:
             draft.rename(path)
@@ -79,6 +82,19 @@ def write_json(path: str | Path, value) -> None:
 
 def read_json(path: str | Path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that another file names, which must lie in the folder itself.
+
+    Raises: ValueError for a name with a folder in it (`..`, an absolute one) and for a link that leads elsewhere.
+    """
+    path = folder / str(name)
+    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+        raise ValueError(f"{folder}: names a file {name!r}; wanted the plain name of a file in that folder")
+    if path.is_symlink() and path.resolve().parent != folder.resolve():
+        raise ValueError(f"{path}: is a link to {path.resolve()}; wanted a file in {folder}")
+    return path
 
 
 def hash_of_all(path: Path) -> str:

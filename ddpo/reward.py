@@ -36,7 +36,9 @@ def reward(cfg: RewardConfig) -> Path:
     check_data(run, data)
     if distributed.from_first((run / "evaluation.json").is_file()):
         log.console.print(f"{run} is finished already")
-        show(read_json(run / "evaluation.json"))
+        found = read_json(run / "evaluation.json")
+        show(found)
+        log.answer(cfg, {"run": run, **found})
         return run
     train_groups, stop_groups, eval_groups = split(cfg)
     distributed.barrier()  # all have looked before one writes
@@ -68,6 +70,7 @@ def reward(cfg: RewardConfig) -> Path:
         write_json(run / "evaluation.json", found)
         show(found)
         log.console.print(f"reward model: {run}")
+        log.answer(cfg, {"run": run, **found})
     distributed.barrier()
     return run
 

@@ -15,7 +15,7 @@ from ddpo.files import new_file, write_json
 from ddpo.settings import to_yaml
 
 MAY_CHANGE = (  # between a run and its resumption
-    "resume dry_run data out save_every keep_checkpoints track eval_data eval_every max_skips"
+    "resume dry_run json data out save_every keep_checkpoints track eval_data eval_every max_skips"
 ).split()
 
 

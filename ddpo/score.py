@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ddpo import __version__, distributed, log
 from ddpo.config import ScoreConfig
-from ddpo.data.groups import group_row, read_groups_file
+from ddpo.data.groups import group_row, read_groups_file, read_jsonl
 from ddpo.files import sha256
 from ddpo.ledger import Ledger, is_made, job_id
 from ddpo.reward_model import RewardModel, weights_of
@@ -23,6 +23,7 @@ def score(cfg: ScoreConfig) -> Path:
     settings = {k: v for k, v in asdict(cfg).items() if k in ("column", "max_length", "dtype")}
     key = {"ddpo": __version__, "responses": sha256(cfg.responses), "weights": weights_of(cfg.reward), **settings}
     if distributed.from_first(is_made(out, key, cfg.resume, cfg.overwrite)):
+        log.answer(cfg, {"out": out, **_mean([row for _, row in read_jsonl(out)], cfg.column)})
         return out
     groups = read_groups_file(cfg.responses)
     model = RewardModel.load(cfg.reward, cfg.dtype, distributed.device(), cfg.max_length)
@@ -43,7 +44,13 @@ def score(cfg: ScoreConfig) -> Path:
         for g, i in jobs:
             rows[g]["responses"][i][cfg.column] = done[job_id(g, i)]["reward"]
         ledger.finish(rows)
-        mean = sum(done[job_id(*job)]["reward"] for job in jobs) / len(jobs)
-        log.console.print(f"scored {len(jobs)} responses, mean {mean:.3f}; wrote {out}")
+        found = _mean(rows, cfg.column)
+        log.console.print(f"scored {found['num_responses']} responses, mean {found['mean']:.3f}; wrote {out}")
+        log.answer(cfg, {"out": out, **found})
     distributed.barrier()
     return out
+
+
+def _mean(rows: list[dict], column: str) -> dict:
+    rewards = [response[column] for row in rows for response in row["responses"]]
+    return {"num_responses": len(rewards), "mean": sum(rewards) / len(rewards)}

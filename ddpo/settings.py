@@ -11,7 +11,11 @@ from typing import TypeVar, get_origin, get_type_hints
 
 import yaml
 
+from ddpo.interrupts import catching
+from ddpo.mishaps import explain
+
 Config = TypeVar("Config")
+INTERRUPTED = 130
 
 
 def parse(cls: type[Config], argv: list[str], prog: str, positional: str | None = None) -> Config:
@@ -81,18 +85,32 @@ def to_yaml(cfg) -> str:
 
 
 def run_command(run: Callable, cls: type, prog: str, positional: str | None, argv: list[str]) -> None:
-    """Parses and runs; an error of the input is one line on stderr and exit code 2, an interrupt exit code 130."""
-    try:
-        run(parse(cls, argv, prog, positional))
-    except (ValueError, OSError) as err:
-        if os.environ.get("DDPO_TRACEBACK"):
-            raise
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {err}" if rank == "0" else f"rank {rank}: error: {err}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if "ddpo.distributed" in sys.modules:  # the command was one of several processes, perhaps
-            sys.modules["ddpo.distributed"].finish()
+    """Parses and runs. What goes wrong is one line on stderr and an exit code: see ddpo.cli.EXIT_CODES."""
+    from ddpo import log
+
+    with catching() as asked:
+        try:
+            cfg = parse(cls, argv, prog, positional)
+            with log.quiet(getattr(cfg, "json", False)):
+                run(cfg)
+        except BaseException as err:
+            if isinstance(err, SystemExit) and not asked.yes:
+                raise
+            if isinstance(err, BrokenPipeError):  # the reader of our output has enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
+            code, line = (INTERRUPTED, _how_to_go_on(cls)) if asked.yes else explain(err)
+            if os.environ.get("DDPO_TRACEBACK") and not asked.yes:
+                raise
+            rank = os.environ.get("RANK", "0")
+            line = log.visible(" ".join(line.split()))
+            print(line if rank == "0" else f"rank {rank}: {line}", file=sys.stderr)
+            sys.exit(code)
+        finally:
+            if "ddpo.distributed" in sys.modules:  # the command was one of several processes, perhaps
+                sys.modules["ddpo.distributed"].finish()
+
+
+def _how_to_go_on(cls: type) -> str:
+    again = "go on with the same command and --resume" if "resume" in {f.name for f in fields(cls)} else None
+    return f"interrupted; {again or 'what was not finished was not written; give the command again'}"

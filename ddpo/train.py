@@ -18,7 +18,7 @@ from ddpo.run import OnTheWay, Stop, begin_run, check_run, graceful
 from ddpo.schedule import lr_at
 from ddpo.settings import run_command
 from ddpo.state import State, export, save, setup
-from ddpo.watch import Watch, check_trackers, peak_memory_gib
+from ddpo.watch import Watch, check_trackers, last_record, peak_memory_gib
 
 
 def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
@@ -40,6 +40,7 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
         return run
     if cfg.resume and distributed.from_first((run / ("adapter" if cfg.lora else "model")).is_dir()):
         log.console.print(f"{run} is finished already")
+        log.answer(cfg, ended(run, True))
         return run
     distributed.barrier()  # all have looked before one writes
     state = setup(cfg, rank, world, run)
@@ -68,10 +69,19 @@ def train(cfg: TrainConfig, stop: Stop | None = None) -> Path:
                 break
     if state.step < state.schedule.num_steps:
         watch.say(f"stopped at step {state.step} of {state.schedule.num_steps}; go on with --resume")
+        log.answer(cfg, ended(run, False))
         raise SystemExit(130)
     watch.say(f"trained {state.step} steps; wrote {export(state, run)}")
     distributed.barrier()
+    log.answer(cfg, ended(run, True))
     return run
+
+
+def ended(run: Path, finished: bool) -> dict:
+    """How a run ended: its folder, what was trained, the last records of its journals."""
+    last = {name: last_record(run / f"{name}.jsonl") for name in ("metrics", "eval")}
+    trained = next((run / name for name in ("adapter", "model") if (run / name).is_dir()), None)
+    return {"run": run, "finished": finished, "trained": trained, **last}
 
 
 def is_due(every: int, state: State) -> bool:

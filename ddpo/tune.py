@@ -39,6 +39,7 @@ def tune(cfg: TuneConfig) -> dict:
             mark = " <- fastest" if choice == fastest else ""
             log.console.print(f"{tuned.key(hidden.dtype, D, V, head_trained)}  {name:<17}{ms:8.2f} ms{mark}")
     remember(gpu, found)
+    log.answer(cfg, {"gpu": gpu, "file": tuned.file(), "fastest": found})
     return found
 
 

@@ -149,5 +149,11 @@ class Journal:
             self._file.close()
 
 
+def last_record(path: Path) -> dict | None:
+    """The last record of a journal, None where it has none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1]) if lines else None
+
+
 def _short(value: float) -> float | None:
     return float(f"{value:.8g}") if math.isfinite(value) else None

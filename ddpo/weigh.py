@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from rich.markup import escape
 
 from ddpo import deviation, distributed, log
 from ddpo.config import WeighConfig, Weighing
@@ -61,8 +60,10 @@ def weigh(cfg: WeighConfig) -> Path:
             save_dataset(rows, draft)
     for reason, count in dropped.items():
         log.console.print(f"  dropped: {count} x {reason}")
-    tell(cfg, deviation.report(torch.tensor(weights, dtype=torch.float64)))
-    log.console.print(f"wrote {escape(str(out))}")
+    report = deviation.report(torch.tensor(weights, dtype=torch.float64))
+    tell(cfg, report)
+    log.console.print(f"wrote {out}")
+    log.answer(cfg, {"out": out, "weights": report, "dropped": dropped})
     distributed.barrier()
     return out
 
@@ -84,6 +85,7 @@ def weigh_folder(cfg: WeighConfig) -> Path:
         report, settings = report_of(weighting), {**old["settings"], **settings_of(cfg)}
         prepared.weigh(data.folder, weighting, {"settings": settings, "summary": {**old["summary"], "weights": report}})
         tell(cfg, report)
+        log.answer(cfg, {"out": data.folder, "weights": report})
     distributed.barrier()
     return data.folder
 

@@ -1,14 +1,12 @@
 """`ddpo winrate`: who wins, by people's answers to the sets of `ddpo annotate`."""
 
 import csv
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from ddpo import log, metrics
@@ -34,12 +32,11 @@ def winrate(cfg: WinrateConfig) -> dict:
     labels = [file["label"] for file in key["files"]]
     of = {q: {**rates(answers[q], labels, key, cfg.seed), "unanswered": unanswered[q]} for q in key["questions"]}
     result = {"settings": asdict(cfg), "files": key["files"], "questions": of}
-    if cfg.json:
-        print(json.dumps(result, ensure_ascii=False))
-    else:
-        show(result)
     if cfg.out:
         write_json(cfg.out, result)
+    if not cfg.json:
+        show(result)
+    log.answer(cfg, result)
     return result
 
 
@@ -136,24 +133,24 @@ def table(result: dict) -> Table:
     for column in ("question", "answers", first, second, "tie", "win rate [95 %]", "p"):
         in_words = column == "question"
         file = column in (first, second)
-        table.add_column(escape(column), justify="left" if in_words else "right", no_wrap=not file, overflow="fold")
+        table.add_column(column, justify="left" if in_words else "right", no_wrap=not file, overflow="fold")
     for question, found in result["questions"].items():
         wins, rate = found["wins"], found["win_rate"]
         shares = [f"{n / found['num_answers']:.0%}" for n in (*wins.values(), found["ties"]) if found["num_answers"]]
         cells = [str(found["num_answers"]), *(shares or ["-"] * 3)]
         if rate:
             cells += [f"{rate['mean']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]", metrics.p_value(rate["p"])]
-        table.add_row(escape(question), *cells)
+        table.add_row(question, *cells)
     return table
 
 
 def show(result: dict) -> None:
     say = log.console.print
     say(table(result))
-    say(f"win rate: of {escape(result['files'][0]['label'])}, ties left out; p: of one half")
+    say(f"win rate: of {result['files'][0]['label']}, ties left out; p: of one half")
     say("interval: Wilson's, or where a prompt has several answers a bootstrap over prompts")
     for question, found in result["questions"].items():
         if found["agreement"] is not None:
-            say(f"{escape(question)}: two answers to one row agree in {found['agreement']:.0%} of all cases")
+            say(f"{question}: two answers to one row agree in {found['agreement']:.0%} of all cases")
         if found["unanswered"]:
-            say(f"{escape(question)}: {found['unanswered']} rows without an answer")
+            say(f"{question}: {found['unanswered']} rows without an answer")

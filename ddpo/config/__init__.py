@@ -5,12 +5,21 @@ from ddpo.config.data import Encoding, PrepareConfig, WeighConfig, Weighing
 from ddpo.config.export import ExportConfig
 from ddpo.config.report import ReportConfig
 from ddpo.config.reward import RewardConfig, ScoreConfig
-from ddpo.config.sampling import AnnotateConfig, DemoConfig, EvaluateConfig, GenerateConfig, Measuring, WinrateConfig
+from ddpo.config.sampling import (
+    AnnotateConfig,
+    DemoConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    Measuring,
+    WinrateConfig,
+)
 from ddpo.config.training import PlanConfig, TrainConfig, TuneConfig
 
 __all__ = [
     "AnnotateConfig",
     "DemoConfig",
+    "DoctorConfig",
     "Encoding",
     "EvaluateConfig",
     "ExportConfig",

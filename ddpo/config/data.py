@@ -112,6 +112,8 @@ class PrepareConfig(Weighing):
     are an error. What a killed command left is taken up without this."""
     dry_run: bool = False
     """Show the settings and one tokenised sample of the first groups; write nothing and load no encoder."""
+    json: bool = False
+    """Print the summary as one JSON object instead of text."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -143,3 +145,5 @@ class WeighConfig(Weighing):
     """Row format; 'auto' tells it by the first row's keys."""
     split: str = "train"
     """Split of a named data set."""
+    json: bool = False
+    """Print what the weights are like as one JSON object instead of text."""

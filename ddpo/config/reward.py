@@ -59,6 +59,8 @@ class RewardConfig(Checked):
     """Seed of hold-out, pairs, adapter and order."""
     resume: bool = False
     """Go on from the run folder's last checkpoint; a finished run is left as it is."""
+    json: bool = False
+    """Print what the reward model is worth as one JSON object instead of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,3 +89,5 @@ class ScoreConfig(Checked):
     """Keep a file that is there and was made from the same; scores of a run that was stopped are taken up anyway."""
     overwrite: bool = False
     """Replace an existing file."""
+    json: bool = False
+    """Print number and mean of the rewards as one JSON object instead of text."""

@@ -51,6 +51,8 @@ class GenerateConfig(Checked):
     """Keep a file that is there and was made from the same; samples of a run that was stopped are taken up anyway."""
     overwrite: bool = False
     """Replace an existing file."""
+    json: bool = False
+    """Print what was sampled as one JSON object instead of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,8 @@ class AnnotateConfig(Checked):
     """Seed of prompts, responses, order and sides."""
     overwrite: bool = False
     """Replace an existing folder."""
+    json: bool = False
+    """Print what was drawn as one JSON object instead of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +169,19 @@ class WinrateConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorConfig(Checked):
+    """Looks over the installation: versions, kernels, memory, disk, caches, and what to do where something lacks.
+
+    Ends with exit code 1 where something that is required is broken.
+
+    Example: ddpo doctor
+    """
+
+    json: bool = False
+    """Print the findings as one JSON object instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig(Checked):
     """Runs the whole method once: prepare, train, generate and evaluate before and after.
 
@@ -179,3 +196,5 @@ class DemoConfig(Checked):
     """Peak learning rate."""
     epochs: int = 2
     """Passes over the pairs."""
+    json: bool = False
+    """Print the evaluation's numbers as one JSON object instead of text."""

@@ -144,6 +144,8 @@ class TrainConfig(Checked):
     dry_run: bool = False
     """Load settings, data and tokenizer, print the steps, one tokenised sample and the plan (see `ddpo plan`), and stop
     there: no weights are loaded and no run folder is made."""
+    json: bool = False
+    """Print how the run ended (--dry-run: the plan) as one JSON object instead of text."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -237,3 +239,5 @@ class TuneConfig(Checked):
     """Rows that reach the head in one step."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of hidden states and head."""
+    json: bool = False
+    """Print the fastest as one JSON object instead of text."""

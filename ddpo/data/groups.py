@@ -38,6 +38,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     """(file:line, row) of each line that is not blank. Raises ValueError for a line that is no JSON object and for
     an empty file, FileNotFoundError for none."""
     path, empty = Path(path), True
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; wanted a file of one JSON object a line")
     with path.open("rb") as lines:  # bytes: a line that is not UTF-8 gets its number too
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -47,12 +49,34 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
                 row = json.loads(line)
                 json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair, escaped, is no text
             except ValueError as err:
-                raise ValueError(f"{where}: not a line of JSON in UTF-8 ({err})") from None
+                hint = _other_format(line, path) if number == 1 else ""
+                raise ValueError(f"{where}: not a line of JSON in UTF-8 ({err}){hint}") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: wanted a JSON object, got {type(row).__name__}")
+                hint = _other_format(line, path) if number == 1 else ""
+                raise ValueError(f"{where}: wanted a JSON object, got {type(row).__name__}{hint}")
             yield where, row
     if empty:
         raise ValueError(f"{path}: the file is empty; wanted one JSON object a line")
+
+
+OTHER_FORMATS = {  # how a file begins -> what it is, and the way out
+    b"\x1f\x8b": "is compressed; unpack it: gunzip {path}",
+    b"(\xb5/\xfd": "is compressed; unpack it: unzstd {path}",
+    b"PK\x03\x04": "is a zip archive; unpack it: unzip {path}",
+    b"PAR1": "is Parquet; wanted JSON lines: datasets.Dataset.from_parquet('{path}').to_json('groups.jsonl')",
+    b"\xff\xfe": "is UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8 {path}",
+    b"\xfe\xff": "is UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8 {path}",
+    b"[": "is one JSON list; wanted an object a line: jq -c '.[]' {path}",
+    b"{": "is an object over several lines; wanted an object a line: jq -c . {path}",
+}
+
+
+def _other_format(line: bytes, path: Path) -> str:
+    """What the file seems to be instead, by its first line, and the way out."""
+    found = next((text for start, text in OTHER_FORMATS.items() if line.startswith(start)), None)
+    if found is None and any(mark in line for mark in b",;\t"):
+        found = "looks like CSV; wanted JSON lines: datasets.Dataset.from_csv('{path}').to_json('groups.jsonl')"
+    return f"; it {found.format(path=path)}" if found else ""
 
 
 def write_jsonl(path: Path, rows: Iterable[dict], append: bool = False) -> None:

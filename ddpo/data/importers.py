@@ -22,12 +22,14 @@ from ddpo.data.groups import (
     read_jsonl,
 )
 from ddpo.files import hash_of_all
+from ddpo.mishaps import named
 
 KEYS = {  # format -> the keys that tell it
     "groups": ("prompt", "responses"),
     "preference": ("chosen", "rejected"),
     "writing_prompts": ("post_title", "comment_texts", "comment_scores"),
 }
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zst", ".zip")  # no data set's name ends so
 NOT_STORIES = ("**Welcome to the Prompt!**", "this submission has been removed", "**Off-Topic Discussion**")
 
 
@@ -88,20 +90,33 @@ def rows_of(source, split: str) -> Iterator[tuple[str, dict]]:
     if path.is_file():
         yield from read_jsonl(path)
         return
-    if path.suffix in (".jsonl", ".json"):
-        raise FileNotFoundError(f"{source}: there is no such file")
+    check_source(path)
     import datasets
 
     if path.is_dir():
-        data = datasets.load_from_disk(source)
+        with named("data set", str(source)):
+            data = datasets.load_from_disk(source)
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
                 raise ValueError(f"{source}: has no split {split!r}; it has {sorted(data)}")
             data = data[split]
     else:
-        data = datasets.load_dataset(source, split=split, streaming=True)
+        with named("data set", str(source)):
+            data = datasets.load_dataset(source, split=split, streaming=True)
     for i, row in enumerate(data):
         yield f"{path.name}[{i}]", row
+
+
+def check_source(path: Path) -> None:
+    """Raises FileNotFoundError for what looks like a path and is not there, ValueError for a prepared folder."""
+    looks_like_one = path.suffix in FILES or path.is_absolute() or len(path.parts) > 2
+    if looks_like_one and not path.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such file or folder; check the path")
+    if (path / "manifest.json").is_file():
+        raise ValueError(
+            f"{path}: is a prepared folder; wanted what one is made of, a .jsonl file or a data set (`ddpo train` and "
+            "`ddpo weigh` take prepared folders)"
+        )
 
 
 def identity(source: str, split: str) -> str:
@@ -109,11 +124,11 @@ def identity(source: str, split: str) -> str:
     path = Path(source)
     if path.exists():
         return hash_of_all(path) if path.is_file() else f"{split} {hash_of_all(path)}"
-    if path.suffix in (".jsonl", ".json"):
-        raise FileNotFoundError(f"{source}: there is no such file")
+    check_source(path)
     import datasets
 
-    builder = datasets.load_dataset_builder(source)
+    with named("data set", source):
+        builder = datasets.load_dataset_builder(source)
     files = (builder.config.data_files or {}).get(split)
     return f"{source} {split} {files.origin_metadata if files else builder.hash}"
 

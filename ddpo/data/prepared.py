@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from ddpo.data.groups import Group, Prompt
-from ddpo.files import read_json, sha256, sync, write_json
+from ddpo.files import inside, read_json, sha256, sync, write_json
 
 FORMAT = 1
 
@@ -160,7 +160,7 @@ class Prepared:
 
     def _open(self, name):
         entry = self.manifest["files"][name]
-        path = self.folder / entry["path"]
+        path = inside(self.folder, entry["path"])
         if not path.is_file() or sha256(path) != entry["sha256"]:
             raise ValueError(f"{path} is missing or damaged (its hash is not the manifest's); prepare it again")
         with pa.memory_map(str(path)) as source:

@@ -32,11 +32,11 @@ class ChatTokens:
     @classmethod
     def load(cls, model: str, template_file: str | None = None, chat_template: str | None = None) -> "ChatTokens":
         """The tokenizer of a model's folder or hub name, with the template of a file, or given as text, if any."""
-        from transformers import AutoTokenizer
+        from ddpo.loading import load_tokenizer
 
         if template_file:
             chat_template = Path(template_file).read_text(encoding="utf-8")
-        return cls(AutoTokenizer.from_pretrained(model), chat_template)
+        return cls(load_tokenizer(model), chat_template)
 
     def fingerprint(self) -> str:
         """Hash of what decides the ids: vocabulary and chat template."""

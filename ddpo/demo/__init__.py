@@ -5,8 +5,6 @@ import time
 from importlib import resources
 from pathlib import Path
 
-from rich.markup import escape
-
 from ddpo import log
 from ddpo.config import DemoConfig, EvaluateConfig, GenerateConfig, PrepareConfig, ReportConfig, TrainConfig
 from ddpo.data.groups import parse_group, read_jsonl
@@ -30,9 +28,9 @@ def demo(cfg: DemoConfig) -> dict:
     out = Path(cfg.out)
     clear(out)
     here = resources.files("ddpo.demo")
-    say("[bold]1 prepare[/]: 24 prompts x 6 stories, pairs by score, weights by deviation")
+    say("1 prepare: 24 prompts x 6 stories, pairs by score, weights by deviation", style="bold")
     prepare(PrepareConfig(source=str(here / "stories.jsonl"), out=str(out / "prepared"), gap=1.0, seed=cfg.seed))
-    say("[bold]2 generate before[/]: 12 held-out prompts x 4 samples")
+    say("2 generate before: 12 held-out prompts x 4 samples", style="bold")
     sampling = {
         "prompts": str(here / "heldout.jsonl"),
         "num_samples": SAMPLES,
@@ -40,7 +38,7 @@ def demo(cfg: DemoConfig) -> dict:
         "seed": cfg.seed,
     }
     generate(GenerateConfig(**sampling, out=str(out / "before.jsonl")))
-    say("[bold]3 train[/]: DDPO, measures semantic and style")
+    say("3 train: DDPO, measures semantic and style", style="bold")
     train(
         TrainConfig(
             data=str(out / "prepared"),
@@ -51,9 +49,9 @@ def demo(cfg: DemoConfig) -> dict:
             seed=cfg.seed,
         )
     )
-    say("[bold]4 generate after[/]")
+    say("4 generate after", style="bold")
     generate(GenerateConfig(**sampling, out=str(out / "after.jsonl"), adapter=str(out / "run" / "adapter")))
-    say("[bold]5 evaluate[/]")
+    say("5 evaluate", style="bold")
     result = evaluate(
         EvaluateConfig(
             responses=str(out / "after.jsonl"),
@@ -68,7 +66,9 @@ def demo(cfg: DemoConfig) -> dict:
     show_samples(out)
     report(ReportConfig(runs=(str(out),)))
     say(f"\neverything lies in {out}: prepared, run (metrics.jsonl, adapter), before, after and evaluation")
-    say(f"done in {(time.perf_counter() - start) / 60:.1f} minutes")
+    minutes = (time.perf_counter() - start) / 60
+    say(f"done in {minutes:.1f} minutes")
+    log.answer(cfg, {"out": out, "minutes": minutes, "zero_share": summary["zero_share"], **result})
     return result
 
 
@@ -92,7 +92,7 @@ def show_samples(out: Path) -> None:
         for name in ("before", "after")
         for where, row in [next(iter(read_jsonl(out / f"{name}.jsonl")))]
     }
-    say(f"\n[bold]{escape(groups['before'].prompt)}[/]")
+    say(f"\n{groups['before'].prompt}", style="bold")
     for name, group in groups.items():
         for i, response in enumerate(group.responses[:3], 1):
-            say(f"\n[bold]{name} {i}[/]: {escape(' '.join(response.text.split()))}")
+            say(f"\n{name} {i}: {' '.join(response.text.split())}")

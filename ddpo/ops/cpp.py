@@ -1,6 +1,9 @@
 """impl 'cpp' of linear_logp: the kernels of csrc/, for CPUs. Same signature as ddpo.ops.chunked."""
 
 import importlib.util
+import mmap
+import re
+from pathlib import Path
 
 import torch
 
@@ -10,6 +13,7 @@ MISSING = (
     "linear_logp: impl 'cpp' wants the extension ddpo._C, which was not built; install a C++ compiler and reinstall "
     "with DDPO_BUILD_CPP=1, or use impl='torch'"
 )
+UNITS = ("DEFAULT", "AVX2", "AVX512")  # vector units of x86, each has what those before it have
 TAIL_BLOCK = 1024  # head rows that share a mean row: kTailBlock of csrc/linear_logp_sparse.cpp
 
 
@@ -44,10 +48,29 @@ def _fake_sparse_bwd(
     return kept.new_empty(V if want_head else 0, hidden.shape[1]), kept.new_empty(V if want_bias else 0)
 
 
+def built_for(file: Path) -> str | None:
+    """The vector unit that an extension was built for, read without loading it; None where it does not say."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = re.search(rb"ddpo\._C built for (\w+);", content)
+        return found[1].decode() if found else None
+
+
+def check_unit(file: Path, here: str) -> None:
+    """Raises ImportError for an extension whose instructions this machine does not know: it would die of them."""
+    unit = built_for(file)
+    if unit in UNITS[1:] and (here not in UNITS or UNITS.index(here) < UNITS.index(unit)):
+        raise ImportError(
+            f"{file}: was built for {unit}, this machine has {here}; build it anew here (reinstall ddpo with "
+            "--no-build-isolation and DDPO_BUILD_CPP=1), or delete the file: the ops then run in PyTorch"
+        )
+
+
 def _load() -> bool:
     """Whether the extension was built; registers torch.ops.ddpo and its fake kernels."""
-    if importlib.util.find_spec("ddpo._C") is None:
+    spec = importlib.util.find_spec("ddpo._C")
+    if spec is None:
         return False
+    check_unit(Path(spec.origin), torch.backends.cpu.get_cpu_capability())
     try:
         import ddpo._C  # noqa: F401
     except ImportError as err:

@@ -32,17 +32,15 @@ def export(cfg: ExportConfig) -> Path:
             f"export: {run} is no finished run (config.yaml, and adapter/ or model/); finish it by --resume"
         )
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    with log.quiet(cfg.json), new_folder(out, cfg.overwrite) as draft:
+    with new_folder(out, cfg.overwrite) as draft:
         if adapter.is_dir() and cfg.merge:
             merge(settings["model"], adapter, cfg.dtype, draft)
         else:
             shutil.copytree(adapter if adapter.is_dir() else model, draft, dirs_exist_ok=True)
         kind = "adapter" if adapter.is_dir() and not cfg.merge else "model"
         (draft / "README.md").write_text(card(run, settings, kind, cfg.evaluation), encoding="utf-8")
-    if cfg.json:
-        print(json.dumps({"kind": kind, "folder": str(out)}))
-    else:
-        log.console.print(f"{kind}: {out}", markup=False)
+    log.console.print(f"{kind}: {out}")
+    log.answer(cfg, {"kind": kind, "folder": out})
     return out
 
 
@@ -119,7 +117,9 @@ def _numbers(run: Path, evaluation: str | None) -> dict:
 
 
 def _yaml(value) -> str:
-    return yaml.safe_dump(json.loads(json.dumps(value, default=str)), sort_keys=False, allow_unicode=True).rstrip()
+    plain = json.loads(json.dumps(value, default=str))
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return text.rstrip()
 
 
 def _fence(text: str, language: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import STORIES
 
+from ddpo.cli import main
 from ddpo.config import EvaluateConfig, ReportConfig
 from ddpo.evaluate import evaluate
 from ddpo.report import collect, report
@@ -112,6 +113,6 @@ def test_plotly_missing(monkeypatch, tmp_path):
 
 
 def test_json(finished, capsys):
-    report(ReportConfig(runs=(str(finished),), json=True))
+    main(["report", str(finished), "--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["runs"] == ["run"] and told["report"].endswith("report.html")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_no_encoder_no_map(finished, monkeypatch):
     def broken(cfg):
         raise ValueError("no such encoder")
 
-    monkeypatch.setattr("ddpo.report.collect.load_measures", broken)
+    monkeypatch.setattr(import_module("ddpo.report.collect"), "load_measures", broken)  # also a function of that name
     (data,) = collect((str(finished),))["prepared"].values()
     assert data["map_of"] is None and "no such encoder" in data["no_map"] and data["groups"][0]["x"][0] is None
     assert (

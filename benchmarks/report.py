@@ -2,10 +2,10 @@
 
 python -m benchmarks.report --write      # 10,000 responses of about 300 words; and results/report.json
 
-The words are drawn from the stories the other benchmarks use. Each try is a browser of its own, with nothing kept. Three
-pages in turn: a few responses (what plotly and the charts cost), all of them as prepared data, and these with as many in a
-file of samples. Seconds are of the clock, and of the processor in the page's own process, which others' work does not
-lengthen.
+The words are drawn from the stories the other benchmarks use. Each try is a browser of its own, with nothing kept.
+Three pages in turn: a few responses (what plotly and the charts cost), all of them as prepared data, and these with as
+many in a file of samples. Seconds are of the clock, and of the processor in the page's own process, which others' work
+lengthens little.
 """
 
 import argparse

@@ -143,7 +143,7 @@ def test_hostile_text_everywhere(opened, tmp_path):
 
 
 def test_ten_thousand_responses(opened, tmp_path):
-    """By itself under 3 s (`python -m benchmarks.report`); a bound that other tests beside it do not break."""
+    """`python -m benchmarks.report` measures it; here a bound that other tests beside it do not break."""
     written = tmp_path / "many.html"
     written.write_text(page(everything("many", many()), "many"))
     start = time.perf_counter()

@@ -63,7 +63,7 @@ def own_loss(method: str, sha256: str) -> OwnLoss:
     module.__file__ = file
     sys.modules[module.__name__] = module  # where dataclasses and torch.compile look for it
     try:
-        exec(compile(code, file, "exec"), vars(module))
+        exec(compile(code, file, "exec"), vars(module))  # what the user named to be run
     except Exception as err:
         raise ValueError(f"{file}: does not run as Python: {type(err).__name__}: {err}") from err
     function = getattr(module, name, None)

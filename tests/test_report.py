@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from conftest import STORIES
 from ddpo.cli import main
 from ddpo.config import EvaluateConfig, ReportConfig
 from ddpo.evaluate import evaluate
-from ddpo.report import collect, report
+from ddpo.report import collect, report, title
 from ddpo.report.collect import histogram, on_a_plane
-from ddpo.report.page import as_json, page
+from ddpo.report.page import as_json, differing, page
 from ddpo.train import train
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028 {{ 7 * 7 }} & done"
@@ -116,3 +117,29 @@ def test_json(finished, capsys):
     main(["report", str(finished), "--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["runs"] == ["run"] and told["report"].endswith("report.html")
+
+
+def test_names_without_what_all_share(tmp_path):
+    for name in ("a", "b"):
+        run = tmp_path / name / "run"
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(f"method: ddpo\nseed: {name}\n")
+        (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 0.5}\n')
+    found = collect((str(tmp_path / "a"), str(tmp_path / "b")))
+    assert list(found["runs"]) == ["a", "b"] and found["runs"]["a"]["curves"]["loss"] == [None, 0.5]
+    assert differing(found["runs"]) == {"seed": ["a", "b"]}
+    assert title(tuple("abcd")) == "a, b, c and 1 more" and title((str(tmp_path / "a" / "."),)) == "a"
+
+
+def test_no_encoder_no_map(finished, monkeypatch):
+    """The rest of the page is there, and says why the map is not."""
+
+    def broken(cfg):
+        raise ValueError("no such encoder")
+
+    monkeypatch.setattr(import_module("ddpo.report.collect"), "load_measures", broken)  # also a function of that name
+    (data,) = collect((str(finished),))["prepared"].values()
+    assert data["map_of"] is None and "no such encoder" in data["no_map"] and data["groups"][0]["x"][0] is None
+    assert (
+        "no such encoder" in report(ReportConfig(runs=(str(finished),), out=str(finished / "no-map.html"))).read_text()
+    )

@@ -26,4 +26,4 @@ class ReportConfig(Checked):
     trust_remote_code: bool = False
     """Let the encoder's repository run its own code, as `ddpo prepare` was let."""
     json: bool = False
-    """Print what the page shows, counted, as JSON instead of a line."""
+    """Print the page's path and the names of what it shows as one JSON object instead of a line."""

@@ -14,7 +14,7 @@ from ddpo.generate import generate
 from ddpo.loading import PACKAGED
 from ddpo.prepare import prepare
 from ddpo.report import report
-from ddpo.report.page import check_plotly
+from ddpo.report.page import NO_PLOTLY, has_plotly
 from ddpo.train import train
 
 SAMPLES = 4
@@ -23,7 +23,6 @@ NEW_TOKENS = 160
 
 def demo(cfg: DemoConfig) -> dict:
     """Prepare, train, generate and evaluate before and after; returns the evaluation's numbers."""
-    check_plotly()
     start, say = time.perf_counter(), log.console.print
     out = Path(cfg.out)
     clear(out)
@@ -64,7 +63,10 @@ def demo(cfg: DemoConfig) -> dict:
     summary = Prepared(out / "prepared").manifest["summary"]["weights"]
     say(f"share of pairs with weight zero: {summary['zero_share']:.0%}")
     show_samples(out)
-    report(ReportConfig(runs=(str(out),)))
+    if has_plotly():
+        report(ReportConfig(runs=(str(out),)))
+    else:
+        say(NO_PLOTLY, markup=False)
     say(f"\neverything lies in {out}: prepared, run (metrics.jsonl, adapter), before, after and evaluation")
     minutes = (time.perf_counter() - start) / 60
     say(f"done in {minutes:.1f} minutes")

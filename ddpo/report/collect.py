@@ -1,7 +1,7 @@
 """What a report shows, read from folders: runs, prepared data, files of responses, evaluations."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import yaml
 
+from ddpo import log
 from ddpo.config import Encoding
 from ddpo.data.groups import Prompt, labels, parse_group, read_jsonl
 from ddpo.data.prepared import Prepared
-from ddpo.embedded import Embedded
 from ddpo.files import read_json
 from ddpo.weighing import load_measures
 
@@ -42,6 +42,7 @@ def collect(folders: tuple[str, ...], **encoding) -> dict:
         for kind, path in kinds:
             below = "" if path == folder else path.stem if path.is_file() else path.name
             found[kind]["/".join(part for part in (name if len(names) > 1 or not below else "", below) if part)] = path
+    found = {kind: _shorter(paths) for kind, paths in found.items()}
     runs = {name: _run(path) for name, path in found["runs"].items()}
     for name, run in runs.items():  # the data a run names, where they still lie
         data = Path(run["config"].get("data", ""))
@@ -53,6 +54,16 @@ def collect(folders: tuple[str, ...], **encoding) -> dict:
         "responses": {name: _responses(path) for name, path in sorted(found["responses"].items(), key=_before_first)},
         "evaluations": {name: _evaluation(path) for name, path in found["evaluations"].items()},
     }
+
+
+def _shorter(paths: dict[str, Path]) -> dict[str, Path]:
+    """Without the last part of their names where it is the same in several: a, b for a/run, b/run."""
+    heads, _, last = zip(*(name.rpartition("/") for name in paths), strict=True) if paths else ((), (), ())
+    return (
+        dict(zip(heads, paths.values(), strict=True))
+        if len(paths) > 1 and all(heads) and len(set(last)) == 1
+        else paths
+    )
 
 
 def _places(folder: Path) -> Iterator[Path]:
@@ -112,15 +123,20 @@ def _journal(path: Path) -> list[dict]:
     rows: list[dict] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            rows.append(_loads(line))
         except ValueError:
             break
     return rows
 
 
+def _loads(text: str):
+    """JSON with null for NaN and infinities, which other writers leave in it and a browser does not read."""
+    return json.loads(text, parse_constant=lambda _: None)
+
+
 def _evaluation(path: Path) -> dict:
     """Of each file of responses its means and intervals, without the single prompts' numbers."""
-    result = read_json(path)
+    result = _loads(path.read_text(encoding="utf-8"))
     kept = ("num_prompts", "quality", "baseline", "mean", "interval", "card", "cut_to_words")
     return {name: result.get(name) for name in kept}
 
@@ -143,7 +159,7 @@ def _responses(path: Path) -> list[dict]:
         {
             "prompt": text_of(group.prompt),
             "texts": [r.text for r in group.responses],
-            "scores": [r.extra.get("reward", r.score) for r in group.responses],
+            "scores": _numbers([r.extra.get("reward", r.score) for r in group.responses]),
         }
         for group in groups
     ]
@@ -154,13 +170,12 @@ def _prepared(folder: Path, encoding: dict) -> dict:
     data = Prepared(folder)
     settings = data.manifest["settings"]
     deviation = data.deviation["deviation"].to_numpy()  # (R,), nan where it has none
-    encoder = _map_encoder(settings, encoding)
-    rows = encoder.rows(data.texts()) if encoder else None  # (R, D)
+    rows, label = _map_rows(data, encoding)  # (R, D)
     offsets, groups = data.group_offsets(), []
     weighted = np.column_stack([data.pairs, data.weight])
     pairs = np.split(weighted, np.searchsorted(data.pair_group, range(1, len(offsets) - 1)))
     for g, (start, end) in enumerate(pairwise(offsets)):
-        places = on_a_plane(rows[start:end]) if rows is not None else np.zeros((end - start, 2))
+        places = on_a_plane(rows[start:end]) if rows is not None else np.full((end - start, 2), np.nan)
         groups.append(
             {
                 "prompt": text_of(data.prompt(g)),
@@ -179,18 +194,26 @@ def _prepared(folder: Path, encoding: dict) -> dict:
         "weights": histogram(data.weight),
         "deviations": histogram(deviation),
         "zero_share": float((data.weight == 0).mean()) if len(data.weight) else None,
-        "map_of": encoder.encoder.label if encoder else None,
+        "map_of": label if rows is not None else None,
+        "no_map": None if rows is not None else label,
         "groups": groups,
     }
 
 
-def _map_encoder(settings: dict, encoding: dict) -> Embedded | None:
-    """The encoder of the first measure that the data were weighed by; None where the weights were given."""
+def _map_rows(data: Prepared, encoding: dict) -> tuple[torch.Tensor | None, str]:
+    """(R, D) of the first measure that the data were weighed by, and its encoder's name; None and why there are none:
+    a page without its map is still worth having."""
+    settings = data.manifest["settings"]
     if not settings.get("measures"):
-        return None
+        return None, "the weights were given with the data, so that there are no embeddings to place responses by"
     first = settings["measures"][0]
     known = {f.name: settings[f.name] for f in fields(Encoding) if f.name in settings}
-    return load_measures(Encoding(**{**known, "measures": (first,), **encoding}))[first]
+    try:
+        measure = load_measures(Encoding(**{**known, "measures": (first,), **encoding}))[first]
+        return measure.rows(data.texts()), measure.encoder.label
+    except (ValueError, OSError, RuntimeError, ImportError) as err:
+        log.console.print(f"report: no map of the responses: {err}", markup=False)
+        return None, f"its encoder was not to be had: {err}"
 
 
 def on_a_plane(rows: torch.Tensor) -> np.ndarray:
@@ -212,5 +235,5 @@ def histogram(values: np.ndarray) -> dict | None:
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [round(float(v), 5) if np.isfinite(v) else None for v in values]
+def _numbers(values: Iterable[float | None]) -> list[float | None]:
+    return [round(float(v), 5) if v is not None and np.isfinite(v) else None for v in values]

@@ -13,13 +13,15 @@ from ddpo import __version__
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
-def check_plotly() -> None:
+NO_PLOTLY = 'report: plotly draws its charts and is not installed; `pip install "ddpo[report]"`'
+
+
+def has_plotly() -> bool:
     try:
         import plotly  # noqa: F401
     except ImportError:
-        raise RuntimeError(
-            'report: plotly draws its charts and is not installed; `pip install "ddpo[report]"`'
-        ) from None
+        return False
+    return True
 
 
 def page(found: dict, title: str) -> str:
@@ -31,12 +33,16 @@ def page(found: dict, title: str) -> str:
     from plotly.offline import get_plotlyjs
 
     scripts = [Markup(get_plotlyjs()), Markup(_read("report.js"))]
-    blocks, prepared = [], {}
-    for name, data in found["prepared"].items():
-        groups = data["groups"]
-        blocks += groups
+    blocks: list[dict] = []
+
+    def listed(groups: list[dict]) -> list[dict]:
+        blocks.extend(groups)
         first = len(blocks) - len(groups)
-        prepared[name] = {**data, "groups": [{"prompt": g["prompt"], "block": first + i} for i, g in enumerate(groups)]}
+        return [{"prompt": group["prompt"], "block": first + i} for i, group in enumerate(groups)]
+
+    prepared = {name: {**data, "groups": listed(data["groups"])} for name, data in found["prepared"].items()}
+    responses = {name: listed(groups) for name, groups in found["responses"].items()}
+    runs = {name: {k: v for k, v in run.items() if k not in ("config", "card")} for name, run in found["runs"].items()}
     environment = Environment(loader=PackageLoader("ddpo.report", "."), autoescape=select_autoescape(["html"]))
     return environment.get_template("page.html").render(
         title=title,
@@ -44,10 +50,20 @@ def page(found: dict, title: str) -> str:
         style=Markup(_read("report.css")),
         scripts=scripts,
         hashes=[_source_hash(script) for script in scripts],
-        data=as_json({**found, "prepared": prepared}),
+        data=as_json({**found, "runs": runs, "prepared": prepared, "responses": responses}),
         blocks=[as_json(block) for block in blocks],
         found=found,
+        differing=differing(found["runs"]),
     )
+
+
+def differing(runs: dict) -> dict[str, list]:
+    """Settings, machine and versions that are not the same in all runs: a value a run."""
+    parts = [
+        {**run["config"], **run["card"].get("machine", {}), **run["card"].get("versions", {})} for run in runs.values()
+    ]
+    columns = {key: [part.get(key) for part in parts] for part in parts for key in part}
+    return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}
 
 
 def as_json(value) -> Markup:

@@ -14,10 +14,25 @@
   const short = (text, most) => (text.length > most ? text.slice(0, most) + "…" : text);
   const wrapped = (text) => escape(short(text, 420)).replace(/\s+/g, " ").replace(/(.{1,64})(\s|$)/g, "$1<br>");
   const named = (measure) => (measure === "logp_per_token" ? "log-prob at start, nats / token" : measure.replaceAll("_", " "));
-  const shown = (x, digits = 3) => (x === null || x === undefined ? "–" : x.toFixed(digits));
+  const shown = (x, digits = 3) => (x === null || x === undefined ? "–" : x.toFixed(Math.abs(x) < 100 ? digits : 1));
   const data = read("data");
   const COLOURS = ["#2f6fde", "#e0702c", "#2d9a5f", "#b04fc6", "#c9a227", "#d2415c", "#3aa6b9", "#8a6d3b", "#6b7280", "#7a5cff"];
   const drawings = [];
+  let ready = false;  // all is there, so that each chart is drawn once
+  const parsed = new Map();
+  const texts = (listed) => {  // a prompt's responses, read when they are looked at
+    if (!parsed.has(listed.block)) parsed.set(listed.block, read(`group-${listed.block}`));
+    return parsed.get(listed.block);
+  };
+  const runs = Object.entries(data.runs);
+  const evaluations = Object.entries(data.evaluations);
+  const folders = [...new Set([...runs, ...evaluations].map(([name]) => name))];  // a folder has one colour everywhere
+  const colourOf = (name) => COLOURS[folders.indexOf(name) % COLOURS.length];
+  const key = (id, name, colour, mark = "●") => {  // one line of a section's legend
+    const item = make("span", undefined, at(id), "key");
+    make("span", mark, item).style.color = colour;
+    make("span", name, item);
+  };
 
   // --- charts ---------------------------------------------------------------------------------------------
 
@@ -26,9 +41,8 @@
   function draw(id, traces, x, y, more = {}) {
     const layout = {
       paper_bgcolor: style("--paper"), plot_bgcolor: style("--paper"), font: { color: style("--ink"), size: 12, family: getComputedStyle(document.body).fontFamily },
-      margin: { l: 56, r: 16, t: more.title ? 38 : 16, b: 46 }, xaxis: axis(x, more.xaxis), yaxis: axis(y, more.yaxis),
-      title: more.title ? { text: escape(more.title), font: { size: 14 }, x: 0.02, xanchor: "left" } : undefined,
-      showlegend: traces.length > 1, legend: { orientation: "h", y: -0.26, yanchor: "top" }, hovermode: more.hovermode ?? "closest",
+      margin: more.margin ?? { l: 56, r: 16, t: 16, b: 46 }, xaxis: axis(x, more.xaxis), yaxis: axis(y, more.yaxis),
+      showlegend: false, hovermode: more.hovermode ?? "closest",
       hoverlabel: { align: "left", bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") } }, annotations: more.annotations ?? [],
     };
     return Plotly.react(at(id), traces, layout, { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
@@ -37,23 +51,36 @@
 
   // --- quality against diversity --------------------------------------------------------------------------
 
-  const evaluations = Object.entries(data.evaluations);
-  const points = evaluations.flatMap(([file, e]) => Object.keys(e.mean).map((name) => ({ name: evaluations.length > 1 ? `${file}: ${name}` : name, mean: e.mean[name], interval: e.interval[name] })));
+  // a colour a folder where each holds a before and an after, else one a file of responses; the baseline is hollow
+  const byFolder = evaluations.length > 1 && evaluations.every(([, e]) => e.baseline && Object.keys(e.mean).length === 2);
+  const points = evaluations.flatMap(([file, e], f) => Object.keys(e.mean).map((name) => ({
+    name: evaluations.length > 1 ? `${file}: ${name}` : name, colour: byFolder ? colourOf(file) : "",
+    file: f, baseline: name === e.baseline, mean: e.mean[name], interval: e.interval[name],
+  })));
+  if (!byFolder) points.forEach((p, i) => { p.colour = COLOURS[i % COLOURS.length]; });
   function against(id, x, y) {
     const error = (p, m) => ({ type: "data", symmetric: false, array: [p.interval[m] ? p.interval[m][1] - p.mean[m] : 0], arrayminus: [p.interval[m] ? p.mean[m] - p.interval[m][0] : 0], thickness: 1, width: 3 });
-    const traces = points.filter((p) => typeof p.mean[x] === "number" && typeof p.mean[y] === "number").map((p, i) => ({
-      x: [p.mean[x]], y: [p.mean[y]], error_x: error(p, x), error_y: error(p, y), mode: "markers", name: escape(p.name),
-      marker: { size: 11, color: COLOURS[i % COLOURS.length] }, hovertemplate: `${escape(p.name)}<br>${named(x)} %{x:.3f}<br>${named(y)} %{y:.3f}<extra></extra>`,
-    }));
-    if (!traces.length) { at(id).remove(); return; }
-    always(() => draw(id, traces, named(x), named(y)));
+    const there = points.filter((p) => typeof p.mean[x] === "number" && typeof p.mean[y] === "number");
+    if (!there.length) { at(id).remove(); return; }
+    const fromBaseline = there.filter((p) => !p.baseline).flatMap((p) => there.filter((q) => q.baseline && q.file === p.file).map((q) => [q, p]));
+    always(() => draw(id, [
+      ...fromBaseline.map(([q, p]) => ({ x: [q.mean[x], p.mean[x]], y: [q.mean[y], p.mean[y]], mode: "lines", hoverinfo: "skip", line: { color: p.colour, width: 1.5, dash: "dot" } })),
+      ...there.map((p) => ({
+        x: [p.mean[x]], y: [p.mean[y]], error_x: error(p, x), error_y: error(p, y), mode: "markers",
+        marker: { size: 12, color: p.colour, symbol: p.baseline ? "circle-open" : "circle", line: { width: p.baseline ? 2.5 : 0, color: p.colour } },
+        hovertemplate: `${escape(p.name)}<br>${named(x)} %{x:.3f}<br>${named(y)} %{y:.3f}<extra></extra>`,
+      })),
+    ], named(x), named(y)));
   }
   if (points.length) {
     const has = (m) => points.some((p) => typeof p.mean[m] === "number");
     const quality = ["quality", "logp_per_token", "num_words"].find(has);
     against("semantic", "semantic_diversity", quality);
     against("style", "style_diversity", quality);
-    const measures = Object.keys(points[0].mean);
+    at("how").textContent = `Means over prompts with 95 % intervals${quality === "quality" ? "; up and right is better" : ""}. ${points.some((p) => p.baseline) ? "Hollow: before; a dotted line leads to after." : ""}`;
+    if (byFolder) evaluations.forEach(([file]) => key("points", file, colourOf(file)));
+    else points.forEach((p) => key("points", p.name, p.colour, p.baseline ? "○" : "●"));
+    const measures = [...new Set(points.flatMap((p) => Object.keys(p.mean)))];
     const head = make("tr", undefined, at("numbers"));
     make("th", "measure", head);
     points.forEach((p) => make("th", p.name, head));
@@ -62,16 +89,15 @@
       make("td", named(m), row);
       points.forEach((p) => { const i = p.interval[m]; make("td", p.mean[m] === null || p.mean[m] === undefined ? "–" : `${shown(p.mean[m])}  [${shown(i?.[0])}, ${shown(i?.[1])}]`, row, "number"); });
     });
-    if (!has("quality")) make("p", "No quality was measured (ddpo score gives it): the charts show " + named(quality) + " in its place.", at("numbers").parentElement.parentElement, "quiet");
+    if (!has("quality")) at("how").textContent += ` No quality was measured (ddpo score gives it): ${named(quality)} stands in its place.`;
   }
 
   // --- training -------------------------------------------------------------------------------------------
 
-  const runs = Object.entries(data.runs);
   const LABELS = { loss: "loss", margin: "reward margin, nats", accuracy: "accuracy", tokens_per_s: "tokens / s" };
   Object.entries(LABELS).forEach(([name, label]) => {
-    const traces = runs.flatMap(([run, r], i) => {
-      const colour = COLOURS[i % COLOURS.length], found = [];
+    const traces = runs.flatMap(([run, r]) => {
+      const colour = colourOf(run), found = [];
       if (r.curves[name]) found.push({ x: r.steps, y: r.curves[name], mode: r.steps.length > 60 ? "lines" : "lines+markers", name: escape(run), line: { color: colour, width: 1.8 }, marker: { size: 5 }, connectgaps: false });
       if (r.eval_curves[name]) found.push({ x: r.eval_steps, y: r.eval_curves[name], mode: "lines+markers", name: escape(run) + ", held out", line: { color: colour, dash: "dot" }, marker: { size: 7, symbol: "diamond" } });
       return found;
@@ -80,6 +106,9 @@
     make("div", undefined, at("curves"), "chart").id = `curve-${name}`;
     always(() => draw(`curve-${name}`, traces, "step", label, { hovermode: "x unified" }));
   });
+  const heldOut = runs.some(([, r]) => r.eval_steps.length);
+  if (runs.length > 1 || heldOut) runs.forEach(([run]) => key("lines", run, colourOf(run)));
+  if (heldOut) key("lines", "held out", "inherit", "◇");
   if (runs.length && !at("curves").children.length) make("p", "The run has not taken a step yet.", at("curves"), "quiet");
 
   // --- data -----------------------------------------------------------------------------------------------
@@ -92,7 +121,7 @@
   }
   const prepared = Object.entries(data.prepared);
   if (prepared.length) {
-    let group, current;
+    let group, current, response;
     const picked = () => data.prepared[at("prepared").value];
     prepared.forEach(([name]) => option(at("prepared"), name, name));
     at("prepared").parentElement.hidden = prepared.length === 1;
@@ -100,8 +129,9 @@
       const p = picked(), zero = p.zero_share === null ? "" : `, ${(100 * p.zero_share).toFixed(0)} % of the pairs have weight 0`;
       at("summary").textContent = `${p.summary.prompts} prompts, ${p.summary.responses} responses, ${p.summary.pairs} pairs${zero}.`;
       at("legend").textContent = p.map_of
-        ? `Two principal components of the responses' ${p.map_of}: near is alike. Colour: deviation; size: score; a line leads from a pair's rejected response to its chosen one (a triangle), thicker with its weight.`
-        : "The weights were given with the data, so that there are no embeddings to place responses by.";
+        ? `Two principal components of the responses' ${p.map_of}: near is alike. Colour: deviation; size: score; a line leads from a pair's rejected response to its chosen one (a triangle), thicker with its weight; a diamond is in no pair.`
+        : `There is no map: ${p.no_map}.`;
+      at("map").hidden = !p.map_of;
       for (const [id, what, title] of [["weights", p.weights, "weight of a pair"], ["deviations", p.deviations, "deviation of a response"]]) {
         at(id).hidden = !what;
         if (what) bars(id, what, title, id === "weights" && p.zero_share !== null ? `zero: ${(100 * p.zero_share).toFixed(0)} %` : "");
@@ -115,40 +145,46 @@
       const i = at("prompt").value;
       if (i === "") return;
       current = Number(i);
-      group = read(`group-${picked().groups[current].block}`);
-      at("reading-title").textContent = "Prompt";
-      at("reading").textContent = group.prompt + "\n\nClick a point to read its response here.";
+      group = block(current);
+      at("asked").textContent = group.prompt;
+      at("response").replaceChildren();
+      group.texts.forEach((_, j) => option(at("response"), `${j + 1}: ${role(j)}, score ${shown(group.scores[j], 2)}, deviation ${shown(group.deviations[j])}`, j));
+      const found = group.texts.findIndex(matches);
+      showResponse(found >= 0 ? found : Math.max(0, group.texts.findIndex((_, j) => role(j) === "chosen")));
+    };
+    const showResponse = (j) => {
+      response = j;
+      at("response").value = j;
+      at("reading").textContent = group.texts[j];
       drawMap();
     };
+    const block = (i) => texts(picked().groups[i]);
+    const is = (i, side) => group.pairs.some((pair) => pair[side] === i);
+    const role = (i) => (is(i, 0) ? (is(i, 1) ? "chosen and rejected" : "chosen") : is(i, 1) ? "rejected" : "in no pair");
     const matches = (text) => { const words = at("search").value.trim().toLowerCase(); return words && text.toLowerCase().includes(words); };
     const drawMap = () => {
-      if (!group) return;
+      if (!ready || !picked().map_of) return;
       const scores = group.scores.filter((s) => s !== null), low = Math.min(...scores), high = Math.max(...scores);
       const size = group.scores.map((s) => (s === null ? 9 : high > low ? 9 + (15 * (s - low)) / (high - low) : 14));
-      const chosen = new Set(group.pairs.map((p) => p[0])), rejected = new Set(group.pairs.map((p) => p[1]));
+      const RED = "#d2415c", strong = style("--accent");
       const heaviest = Math.max(1e-9, ...group.pairs.map((p) => p[2]));
       const lines = group.pairs.slice(0, 200).map(([c, r, w]) => ({ x: [group.x[r], group.x[c]], y: [group.y[r], group.y[c]], mode: "lines", hoverinfo: "skip", showlegend: false, line: { color: style("--quiet"), width: 0.4 + (2.4 * w) / heaviest } }));
-      const role = (i) => (chosen.has(i) ? (rejected.has(i) ? "chosen and rejected" : "chosen") : rejected.has(i) ? "rejected" : "in no pair");
       const dots = {
         x: group.x, y: group.y, mode: "markers", showlegend: false,
         text: group.texts.map((t, i) => `${role(i)}, score ${shown(group.scores[i], 2)}, deviation ${shown(group.deviations[i])}<br>${wrapped(t)}`), hovertemplate: "%{text}<extra></extra>",
-        marker: { size, opacity: 0.95, symbol: group.texts.map((_, i) => (chosen.has(i) ? "triangle-up" : rejected.has(i) ? "circle" : "circle-open")), color: group.deviations.map((d) => d ?? 0), colorscale: "Viridis", colorbar: { title: { text: "deviation", side: "right" }, thickness: 12, outlinewidth: 0 },
-          line: { width: group.texts.map((t) => (matches(t) ? 3 : 0.8)), color: group.texts.map((t) => (matches(t) ? "#d2415c" : style("--ink"))) } },
+        marker: { size, opacity: 0.95, symbol: group.texts.map((_, i) => ({ rejected: "circle", "in no pair": "diamond" })[role(i)] ?? "triangle-up"), color: group.deviations, cmin: 0, cmax: Math.max(1e-9, ...group.deviations), colorscale: "Viridis", colorbar: { title: { text: "deviation", side: "right" }, thickness: 12, outlinewidth: 0 },
+          line: { width: group.texts.map((t, i) => (i === response || matches(t) ? 3 : 0.8)), color: group.texts.map((t, i) => (matches(t) ? RED : i === response ? strong : style("--ink"))) } },
       };
-      draw("map", [...lines, dots], "", "", { xaxis: { showticklabels: false, zeroline: false }, yaxis: { showticklabels: false, zeroline: false } }).then((plot) => {
+      draw("map", [...lines, dots], "", "", { margin: { l: 16, r: 8, t: 16, b: 16 }, xaxis: { showticklabels: false, zeroline: false, showgrid: false }, yaxis: { showticklabels: false, zeroline: false, showgrid: false, scaleanchor: "x" } }).then((plot) => {
         plot.removeAllListeners("plotly_click");
-        plot.on("plotly_click", (event) => {
-          const i = event.points[0].pointNumber;
-          at("reading-title").textContent = `Response ${i + 1}: ${role(i)}, score ${shown(group.scores[i], 2)}, deviation ${shown(group.deviations[i])}`;
-          at("reading").textContent = group.texts[i];
-        });
+        plot.on("plotly_click", (event) => showResponse(event.points[0].pointNumber));
       });
     };
     const search = () => {
       const words = at("search").value.trim().toLowerCase();
       if (!words) { at("hits").textContent = ""; list(); at("prompt").value = current; drawMap(); return; }
       const found = new Set();
-      picked().groups.forEach((g, i) => { if (g.prompt.toLowerCase().includes(words) || read(`group-${g.block}`).texts.some(matches)) found.add(i); });
+      picked().groups.forEach((g, i) => { if (matches(g.prompt) || block(i).texts.some(matches)) found.add(i); });
       at("hits").textContent = `${found.size} prompt${found.size === 1 ? "" : "s"}`;
       list(found);
       if (found.size) { at("prompt").value = found.has(current) ? current : [...found][0]; showGroup(); }
@@ -156,6 +192,7 @@
     let waiting;
     at("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(search, 150); });
     at("prompt").addEventListener("change", showGroup);
+    at("response").addEventListener("change", () => showResponse(Number(at("response").value)));
     at("prepared").addEventListener("change", () => { at("search").value = ""; current = 0; overview(); list(); showGroup(); });
     list();
     showGroup();
@@ -181,8 +218,9 @@
       names.forEach((name) => {
         const column = make("div", undefined, at("samples"), "column");
         make("h4", name, column);
-        const group = data.responses[name].find((g) => g.prompt === asked.prompt);
-        if (!group) { make("p", "has no response to this prompt", column, "quiet"); return; }
+        const found = data.responses[name].find((g) => g.prompt === asked.prompt);
+        if (!found) { make("p", "has no response to this prompt", column, "quiet"); return; }
+        const group = texts(found);
         group.texts.slice(0, 50).forEach((text, i) => {
           const article = make("article", undefined, column);
           if (group.scores[i] !== null && group.scores[i] !== undefined) make("p", `score ${shown(group.scores[i], 2)}`, article, "quiet");
@@ -197,6 +235,7 @@
   // --- light and dark -------------------------------------------------------------------------------------
 
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  ready = true;
   const theme = (on) => { document.documentElement.classList.toggle("dark", on); drawings.forEach((drawing) => drawing()); };
   dark.addEventListener("change", (event) => theme(event.matches));
   at("theme").addEventListener("click", () => theme(!document.documentElement.classList.contains("dark")));

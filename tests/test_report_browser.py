@@ -99,10 +99,13 @@ def test_controls(opened, written):
     paper = f"[getComputedStyle(document.body).backgroundColor, {of_map}]"
     white, black = ["rgb(255, 255, 255)"] * 2, ["rgb(20, 24, 31)"] * 2
     assert tab.evaluate(paper) == white
+    drawn = {"selector": "html[data-ready=yes]", "state": "attached"}
     tab.click("#theme")
+    tab.wait_for_selector(**drawn)
     assert tab.evaluate(paper) == black
     tab.emulate_media(color_scheme="dark")
     tab.click("#theme")
+    tab.wait_for_selector(**drawn)
     assert tab.evaluate(paper) == white
     tab.select_option("#prompt", index=1)
     assert "Write of a hill." in tab.inner_text("#asked")

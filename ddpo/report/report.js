@@ -38,7 +38,13 @@
 
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const axis = (title, more) => ({ title: { text: title, standoff: 8 }, gridcolor: style("--line"), linecolor: style("--line"), zerolinecolor: style("--line"), automargin: true, ...more });
-  function draw(id, traces, x, y, more = {}) {
+  let drawn = Promise.resolve();
+  const pause = () => new Promise((go) => { setTimeout(go); });  // the page can be read and scrolled between two charts
+  function draw(...what) {
+    drawn = drawn.then(pause).then(() => drawNow(...what));
+    return drawn;
+  }
+  function drawNow(id, traces, x, y, more = {}) {
     const layout = {
       paper_bgcolor: style("--paper"), plot_bgcolor: style("--paper"), font: { color: style("--ink"), size: 12, family: getComputedStyle(document.body).fontFamily },
       margin: more.margin ?? { l: 56, r: 16, t: 16, b: 46 }, xaxis: axis(x, more.xaxis), yaxis: axis(y, more.yaxis),
@@ -236,9 +242,13 @@
 
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   ready = true;
-  const theme = (on) => { document.documentElement.classList.toggle("dark", on); drawings.forEach((drawing) => drawing()); };
+  const theme = (on) => {
+    document.documentElement.classList.toggle("dark", on);
+    document.documentElement.dataset.ready = "no";
+    drawings.forEach((drawing) => drawing());
+    drawn.then(() => { document.documentElement.dataset.ready = "yes"; });
+  };
   dark.addEventListener("change", (event) => theme(event.matches));
   at("theme").addEventListener("click", () => theme(!document.documentElement.classList.contains("dark")));
   theme(dark.matches);
-  document.documentElement.dataset.ready = "yes";
 })();

@@ -1,6 +1,7 @@
 # make demo   set up .venv and run the whole method once (runs/demo/)
 # make test   set up what is missing, then lint and test
 # make test-long   the tests, and the cases that say over what others say in short
+# make packages   sdist and wheel, installed into empty environments and run, with a compiler and without
 # make screenshot  README's picture, of the demo's report (wants chromium)
 # make bench  the op and a training step beside other ways, about two hours on two CPU cores; rewrites README's and docs/speed.md's tables
 # make docs   what is generated of README.md and docs/, made anew
@@ -14,10 +15,13 @@ SETUP := .venv/.installed
 export PIP_EXTRA_INDEX_URL
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo screenshot test test-long bench docs lint format clean
+.PHONY: demo packages screenshot test test-long bench docs lint format clean
 
 demo: $(SETUP)
 	$(BIN)/ddpo demo
+
+packages: $(SETUP)
+	tests/installed.sh
 
 screenshot: $(SETUP)
 	$(BIN)/python docs/screenshot.py runs/demo/report.html docs/report.png

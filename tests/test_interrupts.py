@@ -16,6 +16,14 @@ from ddpo.cli import main
 VERBS = ("prepare", "weigh", "train", "generate", "reward", "score", "evaluate", "annotate", "winrate")
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Python's own handler, which a process started in the background with SIGINT ignored has not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory, model_folder, prepared_folder):
     """What the commands read."""

@@ -211,8 +211,7 @@ def test_reference_log_probs_are_shared_out(config, make_prepared, parallel):
     (path,) = data.folder.glob("reference-*.safetensors")
     alone = load_file(path)["logp"]
     path.unlink()
-    out = finished(launch(replace(cfg, out=f"{cfg.out}-three"), "--parallel", parallel, ranks=3))
-    assert out.count("reference log-probs") >= 1
+    finished(launch(replace(cfg, out=f"{cfg.out}-three"), "--parallel", parallel, ranks=3))
     together = load_file(path)["logp"]
     assert torch.equal(alone.isnan(), together.isnan()) and relative(alone.nan_to_num(), together.nan_to_num()) < 1e-12
 

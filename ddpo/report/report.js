@@ -246,7 +246,8 @@
     document.documentElement.classList.toggle("dark", on);
     document.documentElement.dataset.ready = "no";
     drawings.forEach((drawing) => drawing());
-    drawn.then(() => { document.documentElement.dataset.ready = "yes"; });
+    const last = drawn;
+    last.then(() => { if (last === drawn) document.documentElement.dataset.ready = "yes"; });
   };
   dark.addEventListener("change", (event) => theme(event.matches));
   at("theme").addEventListener("click", () => theme(!document.documentElement.classList.contains("dark")));

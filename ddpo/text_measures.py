@@ -27,7 +27,7 @@ def compression_ratio(texts: Sequence[str], release_compat: bool = False) -> flo
     Args:
         texts: at least one, not all empty; UTF-8.
         release_compat: the denominator is a .gz file of what gzip made: gzipped twice, with a file name in its head.
-            The released code also packs the time of day, so that its own numbers change by a byte or two; here it is CLOCK.
+            The released code packs the time of day too, which changes its numbers by a byte or two; here it is CLOCK.
     Returns: above 0; under 1 where the head of 18 bytes is more than compression saves.
     Raises: ValueError for no text.
     Source: arXiv 2403.00553.

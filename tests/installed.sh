@@ -18,7 +18,8 @@ fresh() { # NAME: a copy of the environment without ddpo in it
   done
 }
 
-try() { # NAME WANTED: `ddpo` of this environment runs, and linear_logp is what it should be
+try() ( # NAME WANTED: `ddpo` of this environment runs, and ddpo._C is there or not, as wanted; in a shell of its own
+  set -e
   cd "$work"
   "$work/$1/bin/ddpo" --version
   test "$("$work/$1/bin/python" -c 'from ddpo.ops import cpp; print(cpp.is_built)')" = "$2"
@@ -34,7 +35,7 @@ PYTHON
   "$work/$1/bin/ddpo" doctor --json >"$work/$1.json"
   "$python" -c "import json, sys; assert json.load(open(sys.argv[1]))" "$work/$1.json"
   echo "$1: good"
-}
+)
 
 pip() { # NAME ARGUMENTS: installs into that environment, from here alone
   local name=$1

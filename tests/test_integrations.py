@@ -161,6 +161,10 @@ def test_refused(tmp_path):
         make(ours, config, tmp_path, data(weights=False))
     with pytest.raises(ValueError, match=r"loss_type must be one of .*got \['aot'\]"):
         make(ours, config, tmp_path, data(), loss_type="aot")
+    for bad in (-1.0, float("nan"), None):
+        rows = data().remove_columns("weight").add_column("weight", [1.0, 1.0, bad, 1.0])
+        with pytest.raises(ValueError, match=r"weight must be a finite number >= 0, got .* in row 2"):
+            make(ours, config, tmp_path, rows)
     with pytest.raises(ValueError, match="ld_alpha must be None"):
         make(ours, config, tmp_path, data(), ld_alpha=0.5)
 

@@ -57,15 +57,20 @@ def merge(base: str, adapter: Path, dtype: str, out: Path) -> None:
 
 def card(run: Path, settings: dict, kind: str, evaluation: str | None = None) -> str:
     """Markdown with the front matter that the Hub reads; values that come from files stand in YAML, in a fence."""
-    base = HUB_NAMES.get(settings["model"], settings["model"])
-    front = {"base_model": base, "library_name": "peft" if kind == "adapter" else "transformers"}
-    front |= {"tags": ["ddpo", settings["method"], "preference", "creative-writing"], "pipeline_tag": "text-generation"}
+    base, method = HUB_NAMES.get(settings["model"], settings["model"]), settings["method"]
+    is_here = Path(base).exists()  # a folder's name means nothing elsewhere, and the Hub does not take it
+    is_own, settings = ":" in method, {**settings, "method": method.rpartition("/")[2]}  # FILE.py:NAME
+    front = {} if is_here else {"base_model": base}
+    front |= {"library_name": "peft" if kind == "adapter" else "transformers", "pipeline_tag": "text-generation"}
+    front |= {"tags": ["ddpo", *([] if is_own else [method]), "preference", "creative-writing"]}
+    base = Path(base).name if is_here else base
+    told = _plain(settings["method"]) if is_own else method.upper()
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {_plain(run.resolve().name)}"]
     parts.append(
-        f"{_plain(base)}, trained with {settings['method'].upper()} by [ddpo]({PAPER}): each preference pair weighs as "
+        f"{_plain(base)}, trained with {told} by [ddpo]({PAPER}): each preference pair weighs as "
         "much as its chosen response deviates from the other responses to its prompt."
-        if settings["method"] in ("ddpo", "dorpo")
-        else f"{_plain(base)}, trained with {settings['method'].upper()} by ddpo."
+        if method in ("ddpo", "dorpo")
+        else f"{_plain(base)}, trained with {told} by ddpo."
     )
     parts += ["## Load it", _fence(LOAD[kind].format(base=base, here="FOLDER"), "python")]
     parts += ["## Data", _fence(_yaml(_data(Path(settings["data"]))), "yaml")]
@@ -84,7 +89,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("{here}"), AutoTokenizer
     "adapter": """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{here}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "{here}")
 tokenizer = AutoTokenizer.from_pretrained("{here}")""",
 }
 

@@ -143,7 +143,12 @@ def pytorch() -> Iterator[Finding]:
     yield Finding("torch", "threads", str(torch.get_num_threads()))
     driver = first_line(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
     for i in range(torch.cuda.device_count()):
-        free, total = (n / 2**30 for n in torch.cuda.mem_get_info(i))
+        try:
+            free, total = (n / 2**30 for n in torch.cuda.mem_get_info(i))
+        except RuntimeError as err:  # full, broken, or another's alone
+            way_out = "look with nvidia-smi at what holds it; CUDA_VISIBLE_DEVICES leaves it out"
+            yield Finding("torch", f"GPU {i}", str(err).splitlines()[0], "broken", way_out)
+            continue
         major, minor = torch.cuda.get_device_capability(i)
         found = f"{torch.cuda.get_device_name(i)}, {free:.1f} of {total:.1f} GiB free, compute {major}.{minor}"
         yield Finding("torch", f"GPU {i}", found)

@@ -46,8 +46,9 @@ def main() -> Trainer:
             labels[i, start : len(ids[i])] = torch.tensor(ids[i][start:])
         input_ids = torch.tensor([row + [0] * (width - len(row)) for row in ids])
         with torch.no_grad():  # before the first step this is the reference; cache it for a real run
-            hidden = reference(input_ids).last_hidden_state[:, :-1]
-            _, found = FusedLinearDDPOLoss(use_ref_model=False)(head, hidden, labels[:, 1:])
+            hidden = reference.base_model(input_ids).last_hidden_state[:, :-1]
+            its_head = reference.get_output_embeddings()  # on the CPU, as the rows are here
+            _, found = FusedLinearDDPOLoss(use_ref_model=False)(its_head, hidden, labels[:, 1:])
         ref = {"ref_chosen_logps": found[0], "ref_rejected_logps": found[1]}
         given = {"targets": labels[:, 1:], "weight": torch.tensor([pair[3] for pair in pairs]), **ref}
         return {"input_ids": input_ids, "labels": given}
@@ -57,7 +58,7 @@ def main() -> Trainer:
         loss, _ = FusedLinearDDPOLoss(beta=0.1)(head, outputs["hidden"][:, :-1], labels.pop("targets"), **labels)
         return loss
 
-    reference = AutoModelForCausalLM.from_pretrained(args.model).float().base_model.eval()
+    reference = AutoModelForCausalLM.from_pretrained(args.model).float().eval()
     short = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": []}
     short |= {"save_strategy": "no", "remove_unused_columns": False, "label_names": ["labels"]}
     trainer = Trainer(

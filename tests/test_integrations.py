@@ -31,11 +31,11 @@ def settings(cls, folder, **changes):
     return cls(output_dir=str(folder), beta=0.3, **{**usual, **fixed, **changes})
 
 
-def make(trainer, config, folder, rows, lora=True, **changes):
+def make(trainer, config, folder, rows, lora=True, peft=LORA, **changes):
     torch.manual_seed(0)
     model = tiny_model("llama", initializer_range=0.1).float()
     model.name_or_path = model.config._name_or_path = "tiny"
-    more = {"peft_config": LORA} if lora else {}
+    more = {"peft_config": peft} if lora else {}
     return trainer(
         model=model,
         args=settings(config, folder, **changes),
@@ -153,6 +153,25 @@ def test_trains_and_logs(tmp_path, method):
     assert {"rewards/margins", "rewards/accuracies", "logps/chosen", "loss"} <= logged
     found = trainer.evaluate(data(weights=False)) if method == "dpo" else None
     assert found is None or found["eval_loss"] > 0
+
+
+def test_virtual_tokens(tmp_path):
+    """Prompt learning puts tokens before the prompt's: training and evaluation are TRL's."""
+    from peft import PromptTuningConfig
+
+    ours, theirs, config = trl_trainers()["dpo"]
+    peft = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    one = data().remove_columns("weight").add_column("weight", [1.0] * len(ROWS))
+    losses = []
+    for trainer, rows in ((ours, one), (theirs, data(weights=False))):
+        trainer = make(trainer, config, tmp_path, rows, peft=peft)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(ROWS))])
+        trainer.model.train()
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+        trainer.model.eval()
+        with torch.no_grad():
+            losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
 
 
 def test_refused(tmp_path):

@@ -34,6 +34,17 @@ def add_inside(model: nn.Module) -> None:
     model.forward, model.has_inside = types.MethodType(forward, model), True
 
 
+def takes_head(head: nn.Module) -> bool:
+    """Whether linear_logp takes this head now: it gets no gradient and has no adapter that is on."""
+    if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
+        return False
+    try:
+        head_of(head)
+    except ValueError:
+        return False
+    return True
+
+
 def token_logp(hidden: Tensor, head: nn.Module, targets: Tensor, **options) -> Tensor:
     """Log-probs of the targets, (B, S) nats, 0 where the target is -100. hidden (B, S, D), targets (B, S) int64."""
     mask = targets != -100

@@ -14,7 +14,7 @@ from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ddpo.fused import LOSS_TYPES, FusedLinearDORPOLoss
-from ddpo.integrations.head import add_inside, logit_metrics, token_logp
+from ddpo.integrations.head import add_inside, logit_metrics, takes_head, token_logp
 from ddpo.integrations.weights import WeightedCollator, check_weights
 
 
@@ -26,9 +26,7 @@ class Scored:
 
     def __call__(self, *args, labels=None, fused_lm_head=False, **kwargs):
         model = getattr(self._model, "module", self._model)  # what DDP wraps
-        head = model.get_output_embeddings()
-        frozen = not (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()))
-        if fused_lm_head and frozen and not kwargs.get("output_router_logits"):
+        if fused_lm_head and takes_head(model.get_output_embeddings()) and not kwargs.get("output_router_logits"):
             add_inside(model)
             kwargs["inside"] = partial(self._score, labels=labels)
         elif fused_lm_head:
@@ -37,7 +35,7 @@ class Scored:
         return self.outputs
 
     def _score(self, hidden: Tensor, head, options: dict, labels: Tensor) -> FusedCausalLMOutput:
-        hidden, targets = hidden[:, :-1], labels[:, 1:]
+        hidden, targets = hidden[:, -labels.size(1) : -1], labels[:, 1:]  # prompt learning puts virtual tokens before
         more = logit_metrics(hidden, head, targets, **options) if self._metrics else {}
         return FusedCausalLMOutput(log_probs=token_logp(hidden, head, targets, **options), **more)
 
@@ -51,6 +49,7 @@ class DDPOTrainer(DPOTrainer):
     """
 
     def __init__(self, *args, **kwargs):
+        check_weights("DDPOTrainer", kwargs.get("train_dataset"))  # before TRL tokenises
         super().__init__(*args, **kwargs)
         check_weights("DDPOTrainer", self.train_dataset)
         given = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False}
@@ -60,12 +59,14 @@ class DDPOTrainer(DPOTrainer):
         if unknown := [name for name in self.loss_types if name not in LOSS_TYPES]:
             raise ValueError(f"DDPOTrainer: loss_type must be one of {', '.join(LOSS_TYPES)}; got {unknown}")
         self.data_collator = WeightedCollator(self.data_collator)
+        add_inside(self.model)  # before accelerate wraps its forward
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, "weight"]))
 
     def compute_ref_log_probs(self, model, inputs):
+        inputs = {name: value for name, value in inputs.items() if name != "weight"}
         return super().compute_ref_log_probs(Scored(model, metrics=False), inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
@@ -82,7 +83,9 @@ class DDPOTrainer(DPOTrainer):
             found = super()._compute_loss(policy, inputs, return_outputs)
         finally:
             self.precompute_ref_logps = before
-        self._metrics["train" if self.model.training else "eval"]["weight"].append(weight.mean().item())
+        self._metrics["train" if self.model.training else "eval"]["weight"].append(
+            self.accelerator.gather(weight).mean().item()
+        )
         loss = self._weighted(policy.outputs, inputs, weight)
         return (loss, found[1]) if return_outputs else loss
 

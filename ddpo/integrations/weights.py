@@ -12,9 +12,10 @@ def check_weights(trainer: str, dataset) -> None:
 
     A stream's are looked at batch by batch, by the collator.
     """
-    if dataset is None:
+    row = None if dataset is None else next(iter(dataset), None)
+    if row is None:  # an empty one is TRL's to refuse
         return
-    if "weight" not in (row := next(iter(dataset))):
+    if "weight" not in row:
         raise ValueError(
             f"{trainer}: train_dataset must have a column 'weight', a number a pair; got {sorted(row)}. Make it with "
             "`ddpo weigh` or ddpo.weigh_dataset, or use TRL's own trainer for unweighted pairs"

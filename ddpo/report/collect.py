@@ -45,7 +45,7 @@ def collect(folders: tuple[str, ...], **encoding) -> dict:
     found = {kind: _shorter(paths) for kind, paths in found.items()}
     runs = {name: _run(path) for name, path in found["runs"].items()}
     for name, run in runs.items():  # the data a run names, where they still lie
-        data = Path(run["config"].get("data", ""))
+        data = Path(run["config"].get("data") or "")
         if _kind(data) == "prepared" and data.resolve() not in [p.resolve() for p in found["prepared"].values()]:
             found["prepared"][f"{name}: data"] = data
     return {
@@ -109,7 +109,7 @@ def _run(folder: Path) -> dict:
     curves = {name: [row.get(key) for row in journals["metrics"]] for name, key in CURVES.items()}
     held_out = {name: [row.get(f"eval_{key}") for row in journals["eval"]] for name, key in CURVES.items()}
     return {
-        "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
+        "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {},
         "card": read_json(folder / "card.json") if (folder / "card.json").is_file() else {},
         "steps": [row["step"] for row in journals["metrics"]],
         "curves": {name: values for name, values in curves.items() if any(v is not None for v in values)},

@@ -135,7 +135,7 @@
       const p = picked(), zero = p.zero_share === null ? "" : `, ${(100 * p.zero_share).toFixed(0)} % of the pairs have weight 0`;
       at("summary").textContent = `${p.summary.prompts} prompts, ${p.summary.responses} responses, ${p.summary.pairs} pairs${zero}.`;
       at("legend").textContent = p.map_of
-        ? `Two principal components of the responses' ${p.map_of}: near is alike. Colour: deviation; size: score; a line leads from a pair's rejected response to its chosen one (a triangle), thicker with its weight; a diamond is in no pair.`
+        ? `Two principal components of the responses' ${p.map_of}: near is alike. Colour: deviation; size: score; a line leads from a pair's rejected response to its chosen one (a triangle), thicker with its weight (the 200 heaviest); a diamond is in no pair.`
         : `There is no map: ${p.no_map}.`;
       at("map").hidden = !p.map_of;
       for (const [id, what, title] of [["weights", p.weights, "weight of a pair"], ["deviations", p.deviations, "deviation of a response"]]) {
@@ -174,7 +174,7 @@
       const size = group.scores.map((s) => (s === null ? 9 : high > low ? 9 + (15 * (s - low)) / (high - low) : 14));
       const RED = "#d2415c", strong = style("--accent");
       const heaviest = Math.max(1e-9, ...group.pairs.map((p) => p[2]));
-      const lines = group.pairs.slice(0, 200).map(([c, r, w]) => ({ x: [group.x[r], group.x[c]], y: [group.y[r], group.y[c]], mode: "lines", hoverinfo: "skip", showlegend: false, line: { color: style("--quiet"), width: 0.4 + (2.4 * w) / heaviest } }));
+      const lines = [...group.pairs].sort((a, b) => b[2] - a[2]).slice(0, 200).map(([c, r, w]) => ({ x: [group.x[r], group.x[c]], y: [group.y[r], group.y[c]], mode: "lines", hoverinfo: "skip", showlegend: false, line: { color: style("--quiet"), width: 0.4 + (2.4 * w) / heaviest } }));
       const dots = {
         x: group.x, y: group.y, mode: "markers", showlegend: false,
         text: group.texts.map((t, i) => `${role(i)}, score ${shown(group.scores[i], 2)}, deviation ${shown(group.deviations[i])}<br>${wrapped(t)}`), hovertemplate: "%{text}<extra></extra>",
@@ -199,7 +199,7 @@
     at("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(search, 150); });
     at("prompt").addEventListener("change", showGroup);
     at("response").addEventListener("change", () => showResponse(Number(at("response").value)));
-    at("prepared").addEventListener("change", () => { at("search").value = ""; current = 0; overview(); list(); showGroup(); });
+    at("prepared").addEventListener("change", () => { clearTimeout(waiting); at("search").value = ""; at("hits").textContent = ""; current = 0; overview(); list(); showGroup(); });
     list();
     showGroup();
     always(overview);
@@ -210,7 +210,8 @@
 
   const files = Object.keys(data.responses);
   if (files.length) {
-    const prompts = data.responses[files[0]];
+    const seen = new Set();
+    const prompts = files.flatMap((name) => data.responses[name]).filter((g) => !seen.has(g.prompt) && seen.add(g.prompt));
     prompts.forEach((g, i) => option(at("sample"), `${i + 1}. ${short(g.prompt, 90)}`, i));
     for (const id of ["left", "right"]) files.forEach((name) => option(at(id), name, name));
     at("left").value = files[0];
@@ -227,6 +228,7 @@
         const found = data.responses[name].find((g) => g.prompt === asked.prompt);
         if (!found) { make("p", "has no response to this prompt", column, "quiet"); return; }
         const group = texts(found);
+        if (group.texts.length > 50) make("p", `the first 50 of ${group.texts.length}`, column, "quiet");
         group.texts.slice(0, 50).forEach((text, i) => {
           const article = make("article", undefined, column);
           if (group.scores[i] !== null && group.scores[i] !== undefined) make("p", `score ${shown(group.scores[i], 2)}`, article, "quiet");

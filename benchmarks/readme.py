@@ -16,9 +16,8 @@ from ddpo.files import read_json
 ROOT = Path(__file__).parent.parent
 
 
-def demo() -> str:
+def demo(result: dict) -> str:
     """The table that the demo of the first seed prints, then the differences of the other seeds."""
-    result = read_json(ROOT / "benchmarks" / "results" / "demo.json")
     first, *others = result["runs"]
     console = Console(width=90, file=io.StringIO())
     console.print(table({**first, "differences": {"after": first["difference"]}}))
@@ -49,72 +48,31 @@ def _difference(d: dict, decimals: int) -> str:
     return f"**{text}**" if d["low"] > 0 or d["high"] < 0 else text
 
 
-def ops() -> str:
-    """The op beside other ways: time, memory, error."""
-    return tables.ops_readme(read_json(ROOT / "benchmarks" / "results" / "ops.json"))
-
-
-def step() -> str:
-    """A training step beside TRL's and the release's."""
-    return tables.step_readme(read_json(ROOT / "benchmarks" / "results" / "step.json"))
-
-
-def scaling() -> str:
-    """A step's time by its tokens, the head's memory by the vocabulary."""
-    return tables.scaling_readme(read_json(ROOT / "benchmarks" / "results" / "scaling.json"))
-
-
-def memory() -> str:
-    """What `ddpo plan` says of a CPU's memory beside what was measured."""
-    return tables.memory_readme(read_json(ROOT / "benchmarks" / "results" / "memory.json"))
-
-
-def deviation() -> str:
-    """Mean distances beside the release's algorithm, torch.cdist and FAISS."""
-    return tables.deviation_readme(read_json(ROOT / "benchmarks" / "results" / "deviation.json"))
-
-
-def gpu() -> str:
-    """Lower bounds of one training step's head on an H100, ours and the peers'."""
-    return tables.gpu_readme(read_json(ROOT / "benchmarks" / "results" / "gpu_model.json"))
-
-
-def fidelity() -> str:
-    """The method at a small scale: every run's measures, and differences between them."""
-    return tables.fidelity_readme(read_json(ROOT / "benchmarks" / "results" / "fidelity.json"))
-
-
-def headline() -> str:
-    """What a step costs less than."""
-    return short.headline(read_json(ROOT / "benchmarks" / "results" / "step.json"))
-
-
-def op_short() -> str:
-    """The op, a row a way."""
-    return short.op_short(read_json(ROOT / "benchmarks" / "results" / "ops.json"))
-
-
-def step_short() -> str:
-    """A training step, four rows."""
-    return short.step_short(read_json(ROOT / "benchmarks" / "results" / "step.json"))
-
-
-def deviation_short() -> str:
-    """Mean distances, a few sizes."""
-    return short.deviation_short(read_json(ROOT / "benchmarks" / "results" / "deviation.json"))
-
-
-PLACES = {  # file -> its blocks
-    "README.md": (headline, demo, op_short, step_short, deviation_short, fidelity),
-    "docs/speed.md": (ops, gpu, step, scaling, memory, deviation),
+PLACES = {  # file -> its blocks: what makes each, of which file of results
+    "README.md": {
+        "headline": (short.headline, "step"),
+        "demo": (demo, "demo"),
+        "op_short": (short.op_short, "ops"),
+        "step_short": (short.step_short, "step"),
+        "deviation_short": (short.deviation_short, "deviation"),
+        "fidelity": (tables.fidelity_readme, "fidelity"),
+    },
+    "docs/speed.md": {
+        "ops": (tables.ops_readme, "ops"),
+        "gpu": (tables.gpu_readme, "gpu_model"),
+        "step": (tables.step_readme, "step"),
+        "scaling": (tables.scaling_readme, "scaling"),
+        "memory": (tables.memory_readme, "memory"),
+        "deviation": (tables.deviation_readme, "deviation"),
+    },
 }
 
 
 def render(place: str, text: str) -> str:
     """The file's text with every block between `<!-- name -->` and `<!-- /name -->` made anew. Raises ValueError."""
-    for make in PLACES[place]:
-        name = make.__name__
-        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
+    for name, (make, results) in PLACES[place].items():
+        made = make(read_json(ROOT / "benchmarks" / "results" / f"{results}.json"))
+        block = f"<!-- {name} -->\n{made}\n<!-- /{name} -->"
         text, found = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.S)
         if found != 1:
             raise ValueError(f"{place}: wanted one block {name!r}, found {found}")

@@ -1,6 +1,7 @@
 """`ddpo export`: a run's model in a folder that others load, with a model card."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ddpo import log
 from ddpo.config import ExportConfig
 from ddpo.files import new_folder, read_json
 from ddpo.loading import PACKAGED, load_model, load_tokenizer, pick_dtype, read_config
-from ddpo.run import last_row
+from ddpo.run import read_journal
 
 PAPER = "https://arxiv.org/abs/2503.17126"
 KEPT = ("method", "beta", "lr", "epochs", "batch_size", "lora", "lora_r", "lora_alpha", "lora_targets", "seed")
@@ -110,7 +111,7 @@ def _data(folder: Path) -> dict:
 def _numbers(run: Path, evaluation: str | None) -> dict:
     found = {}
     for name, prefix in (("metrics", ""), ("eval", "eval_")):
-        if row := last_row(run / f"{name}.jsonl"):
+        for row in read_journal(run / f"{name}.jsonl")[-1:]:
             figures = {figure: row[prefix + figure] for figure in FIGURES if prefix + figure in row}
             found["last step" if name == "metrics" else "held-out pairs"] = {"step": row["step"], **figures}
     if evaluation:
@@ -129,13 +130,9 @@ def _yaml(value) -> str:
 
 def _fence(text: str, language: str) -> str:
     """A block whose fence is longer than any in the text."""
-    longest = max((len(run) for run in _runs(text)), default=0)
+    longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _runs(text: str) -> list[str]:
-    return [part for part in "".join(c if c == "`" else " " for c in text).split() if part]
 
 
 def _plain(name: str) -> str:

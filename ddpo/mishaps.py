@@ -43,23 +43,36 @@ def explain(err: BaseException) -> tuple[int, str]:
     return WRONG, f"error: {what}{text[:400]}; {way_out}"
 
 
-def too_old() -> Iterator[tuple[str, str, str]]:
+def requirements() -> list[tuple[str, str | None, str, bool]]:
+    """(name, version that is installed or None, versions wanted, whether it fits) of each requirement of ddpo.
+
+    Raises: ImportError without `packaging`, PackageNotFoundError where ddpo itself is not installed.
+    """
+    from packaging.requirements import Requirement
+
+    found = []
+    for one in map(Requirement, metadata.requires("ddpo") or ()):
+        if one.marker is None or one.marker.evaluate({"extra": ""}):
+            version = installed(one.name)
+            fits = version is not None and one.specifier.contains(version, prereleases=True)
+            found.append((one.name, version, str(one.specifier), fits))
+    return found
+
+
+def installed(name: str) -> str | None:
+    """A distribution's version; None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def too_old() -> list[tuple[str, str, str]]:
     """(name, version, wanted) of each requirement of ddpo that is installed in another version than it wants."""
     try:
-        from packaging.requirements import Requirement
-
-        wanted = [Requirement(line) for line in metadata.requires("ddpo") or ()]
+        return [(name, version, wanted) for name, version, wanted, fits in requirements() if version and not fits]
     except (ImportError, metadata.PackageNotFoundError):
-        return
-    for one in wanted:
-        if one.marker and not one.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = metadata.version(one.name)
-        except metadata.PackageNotFoundError:
-            continue
-        if not one.specifier.contains(version, prereleases=True):
-            yield one.name, version, str(one.specifier)
+        return []
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What `ddpo doctor` looks at, a function a section. None of them raises, whatever is broken."""
+"""What `ddpo doctor` looks at, a function a section. What is broken is a finding, no error."""
 
 import importlib
 import importlib.util
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ddpo.files import cache_folder
+from ddpo.mishaps import installed, requirements
 
 OPTIONAL = {  # distribution -> what it is for
     "plotly": "charts of `ddpo report`; `pip install 'ddpo[report]'`",
@@ -99,11 +100,10 @@ def first_line(command: list[str]) -> str | None:
 def packages() -> Iterator[Finding]:
     """Python and every requirement of the package's own metadata, against its floor; then the optional ones."""
     try:
-        from packaging.requirements import Requirement
         from packaging.specifiers import SpecifierSet
 
         about = metadata.metadata("ddpo")
-        required = [Requirement(line) for line in metadata.requires("ddpo") or ()]
+        required = requirements()
     except (ImportError, metadata.PackageNotFoundError) as err:
         yield Finding(
             "packages", "ddpo", f"no metadata ({err})", "note", "install it: pip install . --no-build-isolation"
@@ -113,24 +113,12 @@ def packages() -> Iterator[Finding]:
     fits = platform.python_version() in python
     way_out = "" if fits else "make the environment anew with a newer Python"
     yield Finding("packages", "python", f"{platform.python_version()} ({python})", "ok" if fits else "broken", way_out)
-    for wanted in required:
-        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        version = installed(wanted.name)
-        fits = version is not None and wanted.specifier.contains(version, prereleases=True)
-        found = f"{version or 'not installed'} ({wanted.specifier or 'any'})"
-        state, way_out = ("ok", "") if fits else ("broken", f"pip install '{wanted.name}{wanted.specifier}'")
-        yield Finding("packages", wanted.name, found, state, way_out)
+    for name, version, wanted, fits in required:
+        state, way_out = ("ok", "") if fits else ("broken", f"pip install '{name}{wanted}'")
+        yield Finding("packages", name, f"{version or 'not installed'} ({wanted or 'any'})", state, way_out)
     for name, use in OPTIONAL.items():
         version = installed(name)
         yield Finding("optional", name, version or "not installed", "ok", "" if version else f"for {use}")
-
-
-def installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def pytorch() -> Iterator[Finding]:

@@ -103,12 +103,12 @@ class OnTheWay:
         return self._host.tolist()
 
 
-def last_row(path: Path) -> dict | None:
-    """The last whole row of a journal; None where there is none."""
-    row = None
+def read_journal(path: Path) -> list[dict]:
+    """Rows of a journal, up to one that a kill tore; NaN and infinities as None. No row where there is no file."""
+    rows: list[dict] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            row = json.loads(line)
-        except ValueError:  # the torn last line of a killed run
+            rows.append(json.loads(line, parse_constant=lambda _: None))
+        except ValueError:
             break
-    return row
+    return rows

@@ -12,9 +12,10 @@ import yaml
 
 from ddpo import log
 from ddpo.config import Encoding
-from ddpo.data.groups import Prompt, labels, parse_group, read_jsonl
+from ddpo.data.groups import Prompt, labels, read_groups_file
 from ddpo.data.prepared import Prepared
 from ddpo.files import read_json
+from ddpo.run import read_journal
 from ddpo.weighing import load_measures
 
 BINS = 40
@@ -105,7 +106,7 @@ def _before_first(item: tuple[str, Path]) -> tuple[bool, str]:
 
 def _run(folder: Path) -> dict:
     """Settings, card, and its curves: a column each, of steps and of evaluations."""
-    journals = {name: _journal(folder / f"{name}.jsonl") for name in ("metrics", "eval")}
+    journals = {name: read_journal(folder / f"{name}.jsonl") for name in ("metrics", "eval")}
     curves = {name: [row.get(key) for row in journals["metrics"]] for name, key in CURVES.items()}
     held_out = {name: [row.get(f"eval_{key}") for row in journals["eval"]] for name, key in CURVES.items()}
     return {
@@ -116,17 +117,6 @@ def _run(folder: Path) -> dict:
         "eval_steps": [row["step"] for row in journals["eval"]],
         "eval_curves": {name: values for name, values in held_out.items() if any(v is not None for v in values)},
     }
-
-
-def _journal(path: Path) -> list[dict]:
-    """Its rows; the last one may be torn in a run that goes on."""
-    rows: list[dict] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(_loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def _loads(text: str):
@@ -154,7 +144,7 @@ def text_of(prompt: Prompt) -> str:
 
 
 def _responses(path: Path) -> list[dict]:
-    groups = [parse_group(row, where) for where, row in read_jsonl(path)]
+    groups = read_groups_file(path)
     return [
         {
             "prompt": text_of(group.prompt),

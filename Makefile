@@ -2,6 +2,7 @@
 # make test   set up what is missing, then lint and test
 # make test-long   the tests, and the cases that say over what others say in short
 # make packages   sdist and wheel, installed into empty environments and run, with a compiler and without
+# make oldest, make newest   the tests with the oldest packages that pyproject.toml admits, and with the newest there are
 # make screenshot  README's picture, of the demo's report (wants chromium)
 # make bench  the op and a training step beside other ways, about two hours on two CPU cores; rewrites README's and docs/speed.md's tables
 # make docs   what is generated of README.md and docs/, made anew
@@ -15,13 +16,16 @@ SETUP := .venv/.installed
 export PIP_EXTRA_INDEX_URL
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo packages screenshot test test-long bench docs lint format clean
+.PHONY: demo packages oldest newest screenshot test test-long bench docs lint format clean
 
 demo: $(SETUP)
 	$(BIN)/ddpo demo
 
 packages: $(SETUP)
 	tests/installed.sh
+
+oldest newest:
+	tests/versions.sh $@
 
 screenshot: $(SETUP)
 	$(BIN)/python docs/screenshot.py runs/demo/report.html docs/report.png
@@ -51,6 +55,7 @@ docs: $(SETUP)
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(SETUP)
 	$(BIN)/ruff check --fix .

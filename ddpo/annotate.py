@@ -72,7 +72,8 @@ def check_settings(cfg: AnnotateConfig) -> None:
 def draw_sets(sides: list[list[Group]], files: list[dict], cfg: AnnotateConfig) -> tuple[list[list[str]], dict]:
     """The rows of sets.csv, in random order, and of key.json by their ids."""
     names = [file["label"] for file in files]
-    check_same_prompts(*sides, " and ".join(names))
+    first, second = sides
+    check_same_prompts(first, second, " and ".join(names))
     for group in (g for groups in sides for g in groups):
         if len(group.responses) < cfg.num_responses:
             raise ValueError(

@@ -66,7 +66,8 @@ def packed_attention(
 def windows_seen() -> Iterator[set[int | None]]:
     """Fills with the sliding windows that layers ask for inside."""
     global _windows
-    _windows = seen = set()
+    seen: set[int | None] = set()
+    _windows = seen
     try:
         yield seen
     finally:

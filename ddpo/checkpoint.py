@@ -28,7 +28,7 @@ def save(run: Path, step: int, params: dict[str, torch.nn.Parameter], optimizer,
     """
     first = distributed.is_first()
     path = run / FOLDER / f"step-{step:08d}"
-    with new_folder(path, overwrite=True) if first else nullcontext() as draft:
+    with new_folder(path, overwrite=True) if first else nullcontext(Path()) as draft:
         draft = distributed.from_first(draft)
         values = tensors(params, optimizer)
         if any(isinstance(value, DTensor) for value in values.values()):

@@ -2,7 +2,7 @@
 
 import os
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,7 @@ def device() -> torch.device:
 # --- the policy over several processes --------------------------------------------------------------------
 
 
-def wrap(policy: nn.Module, how: str) -> nn.Module:
+def wrap(policy: Any, how: str) -> nn.Module:
     """The policy as each process trains it: under 'ddp' a copy in each, under 'fsdp' a share of every weight in each
     (layer by layer; embedding, final norm and head stay together while the policy runs). Both average gradients."""
     if not dist.is_initialized():
@@ -62,7 +62,7 @@ def wrap(policy: nn.Module, how: str) -> nn.Module:
     return fully_shard(policy)
 
 
-def unwrap(policy: nn.Module) -> nn.Module:
+def unwrap(policy: nn.Module) -> Any:  # a ddpo.model.Policy
     return policy.module if isinstance(policy, DistributedDataParallel) else policy
 
 
@@ -117,7 +117,7 @@ def from_all(value: T) -> list[T]:
     """Every process's value, by rank, in all."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 

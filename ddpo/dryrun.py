@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def dry_run(cfg: TrainConfig, world: int) -> None:
     least_tokens = LEAST_TOKENS_CPU if on_cpu else MOST_TOKENS
     schedule = Schedule(data, cfg, least_tokens)
     if cfg.eval_data:
-        Schedule.of_all(check_held_out(cfg, data), cfg, least_tokens)
+        Schedule.of_all(check_held_out(cfg.eval_data, cfg, data), cfg, least_tokens)
     if cfg.adapter:
         check_adapter(cfg.adapter)
     _say(to_yaml(replace(cfg, dry_run=False)))
@@ -40,7 +41,8 @@ def dry_run(cfg: TrainConfig, world: int) -> None:
     if cfg.adapter and not Path(cfg.adapter).exists():
         _say(f"there is no folder {cfg.adapter} yet (adapter); else it must be a hub name", "")
     gpu = {} if on_cpu else {"gpus": world, "gpu_memory": torch.cuda.get_device_properties(0).total_memory / 2**30}
-    plan(PlanConfig(**vars(cfg), **gpu))
+    settings: dict[str, Any] = vars(cfg) | gpu
+    plan(PlanConfig(**settings))
     _say("", f"nothing was written to {cfg.out}; `ddpo plan` with these settings and --gpus plans for another machine")
 
 

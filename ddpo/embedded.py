@@ -75,7 +75,7 @@ class Embedded:
     def _encode(self, texts: dict[bytes, str], note: str = "") -> None:
         """Encodes those that are missing, shortest first."""
         rank, world = distributed.start()
-        missing = distributed.from_first(self._lacks(texts))
+        missing = distributed.from_first(self._lacks(list(texts)))
         mine = [(h, texts[h]) for h in sorted(missing, key=lambda h: len(texts[h]))[rank::world]]
         with log.progress(transient=bool(note)) as bar:
             task = bar.add_task(self.encoder.label, total=len(mine), note=note, visible=bool(mine))
@@ -91,11 +91,11 @@ class Embedded:
         if missing:
             distributed.barrier()
         for pause in PAUSES:
-            if not self._lacks(texts):
+            if not self._lacks(list(texts)):
                 return
             time.sleep(pause)
             self._open()
-        if self._lacks(texts):
+        if self._lacks(list(texts)):
             raise RuntimeError(
                 f"{self.folder}: embeddings that another process made are not there; give --embeddings a folder that "
                 "all machines share"

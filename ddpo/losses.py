@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpo.ops import sequence_sum
+from ddpo.ops.sequence_sum import sequence_sum
 
 
 def margin(logp: Tensor, ref_logp: Tensor, pairs: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def win_rate(wins, losses, seed: int = 0, num_resamples: int = RESAMPLES) -> Est
     rate = float(wins.sum() / total.sum())
     if total.max() <= 1:
         test = stats.binomtest(int(wins.sum()), int(total.sum()))
-        return Estimate(rate, *map(float, test.proportion_ci(0.95, "wilson")), float(test.pvalue))
+        low, high = map(float, test.proportion_ci(0.95, "wilson"))
+        return Estimate(rate, low, high, float(test.pvalue))
     decided = total > 0
     low, high = _interval(wins[decided], total[decided], seed, num_resamples)
     return Estimate(rate, low, high, sign_flip_test((wins - losses)[decided], seed))

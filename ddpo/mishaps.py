@@ -142,7 +142,7 @@ def _of_files(err: OSError) -> tuple[int, str]:
         errno.EROFS: "lies on a disk that cannot be written to; give another path",
         errno.EEXIST: "is there already, and is a file where a folder is wanted; give another path",
         errno.ENAMETOOLONG: "the name is too long; give a shorter one",
-    }.get(err.errno, said)
+    }.get(err.errno or 0, said)
     return WRONG if err.errno in OF_THE_MACHINE else INPUT, f"error: {name}{hint if name else str(err)}"
 
 

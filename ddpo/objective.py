@@ -8,7 +8,7 @@ here, and a row; or the user's own (ddpo.own_loss).
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,6 +46,12 @@ class Inputs:
         return self.logp[0]
 
     @property
+    def reference(self) -> Tensor:
+        """(S,) nats: `sequence` under the reference, of a method that needs one."""
+        assert self.ref_logp is not None
+        return self.ref_logp
+
+    @property
     def num_tokens(self) -> Tensor:
         """(S,) tokens of the responses."""
         return self.batch.num_tokens[0]
@@ -74,20 +80,21 @@ def _sft(x: Inputs) -> Found:
 
 
 def _dpo(x: Inputs) -> Found:
-    options = {"beta": x.beta, "label_smoothing": x.cfg.label_smoothing}
-    values = losses.dpo(x.sequence, x.ref_logp, x.batch.pairs, **options)
-    return Found(values, x.beta * (x.sequence - x.ref_logp), {})
+    beta, smoothing = x.beta, x.cfg.label_smoothing
+    values = losses.dpo(x.sequence, x.reference, x.batch.pairs, beta=beta, label_smoothing=smoothing)
+    return Found(values, x.beta * (x.sequence - x.reference), {})
 
 
 def _spl(x: Inputs) -> Found:
-    values = losses.spl(x.sequence, x.ref_logp, x.batch.pairs, alpha=x.cfg.alpha, beta=x.beta)
-    return Found(values, x.cfg.alpha * x.sequence - x.beta * x.ref_logp, {})
+    assert x.cfg.alpha is not None
+    values = losses.spl(x.sequence, x.reference, x.batch.pairs, alpha=x.cfg.alpha, beta=x.beta)
+    return Found(values, x.cfg.alpha * x.sequence - x.beta * x.reference, {})
 
 
 def _ipo(x: Inputs) -> Found:
     num_tokens = x.num_tokens if x.cfg.ipo_logp == "mean" else None
-    values = losses.ipo(x.sequence, x.ref_logp, x.batch.pairs, beta=x.beta, num_tokens=num_tokens)
-    return Found(values, x.beta * (x.sequence - x.ref_logp), {})
+    values = losses.ipo(x.sequence, x.reference, x.batch.pairs, beta=x.beta, num_tokens=num_tokens)
+    return Found(values, x.beta * (x.sequence - x.reference), {})
 
 
 def _simpo(x: Inputs) -> Found:
@@ -97,14 +104,14 @@ def _simpo(x: Inputs) -> Found:
 
 def _orpo(x: Inputs) -> Found:
     given = (x.sequence, x.num_tokens, x.batch.pairs)
-    nll = {}
+    nll: dict[str, Any] = {}
     if x.cfg.nll_tokens == "all":
         nll = {"nll_logp": x.logp.sum(0), "nll_num_tokens": x.batch.num_tokens.sum(0)}
     if x.cfg.nll_mean == "tokens":
         nll["tokens_per_pair"] = x.totals.num_tokens / x.totals.num_items
     if is_weighted(x.cfg) and not weight_is_a_factor(x.cfg):
-        inside = {"dorpo_weight": "inside", "mean_weight": x.totals.mean_weight}
-        values = losses.dorpo(*given, x.weight, beta=x.beta, **inside, **nll)
+        nll |= {"dorpo_weight": "inside", "mean_weight": x.totals.mean_weight}
+        values = losses.dorpo(*given, weight=x.weight, beta=x.beta, **nll)
     else:
         values = losses.orpo(*given, beta=x.beta, **nll)
     log_odds = losses.log_odds(*given)
@@ -118,7 +125,7 @@ def _orpo(x: Inputs) -> Found:
 
 def _gvpo(x: Inputs) -> Found:
     members, groups = x.batch.members, x.batch.offsets
-    logp, ref_logp = x.sequence[members], x.ref_logp[members]  # (M,) group after group
+    logp, ref_logp = x.sequence[members], x.reference[members]  # (M,) group after group
     scores, size = x.batch.scores.to(logp.dtype), groups.diff()
     values = losses.gvpo(logp, ref_logp, scores, groups, beta=x.beta, norm=x.cfg.gvpo_norm)
     r, s = (losses.centred(v, groups) for v in (x.beta * (logp - ref_logp), scores))
@@ -197,7 +204,7 @@ def objective(
     )
     found = method.loss(x)
     values = x.weight * found.values if weight_is_a_factor(cfg) else found.values
-    metrics = found.metrics | (_pair_metrics(x, found.rewards) if method.item == "pair" else {})
+    metrics = found.metrics | ({} if found.rewards is None else _pair_metrics(x, found.rewards))
     num = totals.num_tokens if method.item == "response" else totals.num_items
     return values.sum() / num, {name: value.detach() for name, value in metrics.items()}
 

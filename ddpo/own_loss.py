@@ -89,6 +89,7 @@ def _checked(method: str, function: Callable) -> OwnLoss:
     if any(parameters[n].kind not in by_name for n in names):
         raise ValueError(f"{method}: parameters are given by name; write them without '/' and '*'")
     beta = parameters["beta"].default if "beta" in parameters else empty
-    if beta is not empty and not isinstance(beta, int | float):
+    beta = 0.1 if beta is empty else beta
+    if not isinstance(beta, int | float):
         raise ValueError(f"{method}: the default of 'beta' must be a number, got {beta!r}")
-    return OwnLoss(method, function, names, 0.1 if beta is empty else float(beta))
+    return OwnLoss(method, function, names, float(beta))

@@ -35,6 +35,7 @@ def forward(policy: nn.Module, batch: Batch, last: bool) -> tuple[Tensor, Callab
 
     def backward(loss: Tensor) -> None:
         loss.backward()  # as far as logp
+        assert logp.grad is not None
         coefficients = logp.grad.split([part.shape[1] for part in parts], 1)
         for i, (packed, state, coefficient) in enumerate(zip(batch.packs, states, coefficients, strict=True)):
             distributed.sync_gradients(policy, last and i == len(parts) - 1)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def plan(cfg: PlanConfig) -> dict:
     size = size_of(train, config, dtype)
     if (host := memory_of_this_machine()) < 4 * size.layer.all:
         raise ValueError(
-            f"plan: measures two layers and their gradients here, more than this machine's {host >> 20:,} MiB"
+            f"plan: measures two layers and their gradients here, more than this machine's {host / 2**20:,.0f} MiB"
         )
     step = step_of(cfg)
     bare = replace(train, compile=False, drop_below=0.0)
@@ -132,9 +133,9 @@ def as_on_machine(cfg: PlanConfig, on_gpu: bool) -> PlanConfig:
         half = cfg.autocast == "bfloat16" or (cfg.autocast == cfg.dtype == "auto")
         dtype = "bfloat16" if named.dtype == "auto" else named.dtype
         return replace(named, dtype=dtype, autocast="bfloat16" if half else "off", drop_below=0.0)
-    dtype = pick_dtype(named.dtype, torch.device("cpu"))
-    drop_below = pick_drop_below(cfg.drop_below, torch.device("cpu"), dtype)
-    return replace(named, dtype=str(dtype).removeprefix("torch."), drop_below=drop_below)
+    picked = pick_dtype(named.dtype, torch.device("cpu"))
+    name: Any = str(picked).removeprefix("torch.")
+    return replace(named, dtype=name, drop_below=pick_drop_below(cfg.drop_below, torch.device("cpu"), picked))
 
 
 # --- a step -----------------------------------------------------------------------------------------------
@@ -172,13 +173,13 @@ def _step_of_folder(cfg: PlanConfig, least: int) -> Step:
                 sums += tokens, rows, (lengths.astype(float) ** 2).sum(), len(lengths), tokens * (len(batch.packs) > 1)
                 of_rank += tokens
             largest = max(largest, of_rank)
-    mean = sums / len(steps)
+    tokens, rows, squares, num, again = (sums / len(steps)).tolist()
     seen_all = len(steps) == schedule.num_steps
     why = f"{cfg.data}: mean of {len(steps)} of {schedule.num_steps} steps"
     micro = schedule.micro_tokens
     if not seen_all:  # another step may fill a pack
         largest = max(largest, micro, longest)
-    return Step(*mean[:3].tolist(), mean[0] / mean[3], float(mean[4] / mean[0]), micro, largest, longest, why)
+    return Step(tokens, rows, squares, tokens / num, again / tokens, micro, largest, longest, why)
 
 
 # --- memory -----------------------------------------------------------------------------------------------

@@ -147,7 +147,8 @@ def pair_part(part: Part, num_before: int, embeddings: dict, cfg: PrepareConfig,
     embeddings: of all responses of the part, for divpo.
     """
     scores, texts = part.responses["score"].to_pylist(), part.responses["text"].to_pylist()
-    stay, sizes, pairs = [], [], []
+    stay: list[int] = []
+    sizes, pairs = [], []
     for g, given in enumerate(part.groups["pairs"].to_pylist()):
         a, b = part.offsets[g : g + 2].tolist()
         rng = np.random.default_rng([cfg.seed, 0, num_before + g])
@@ -187,7 +188,8 @@ def _deviation(embeddings, start, cfg, pool) -> np.ndarray:
 
 def show_sample(cfg: PrepareConfig, tokens: ChatTokens) -> dict:
     """Tells settings and the first response as the model will see it; returns the numbers."""
-    say, dropped = log.console.print, Counter()
+    say = log.console.print
+    dropped: Counter[str] = Counter()
     groups = list(itertools.islice(source_groups(cfg, dropped), SAMPLED))
     fitted = [found for group in groups if (found := fit(group, tokens, cfg, dropped))]
     say(to_yaml(cfg))

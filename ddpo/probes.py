@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ddpo.files import cache_folder
 from ddpo.mishaps import installed, requirements
@@ -46,7 +46,7 @@ class Finding(NamedTuple):
     way_out: str = ""
 
 
-def tried(name: str) -> tuple[object | None, str]:
+def tried(name: str) -> tuple[Any, str]:
     """(module, "") or (None, why it cannot be imported)."""
     try:
         return importlib.import_module(name), ""
@@ -109,7 +109,7 @@ def packages() -> Iterator[Finding]:
             "packages", "ddpo", f"no metadata ({err})", "note", "install it: pip install . --no-build-isolation"
         )
         return
-    python = SpecifierSet(about.get("Requires-Python") or "")
+    python = SpecifierSet(about["Requires-Python"])
     fits = platform.python_version() in python
     way_out = "" if fits else "make the environment anew with a newer Python"
     yield Finding("packages", "python", f"{platform.python_version()} ({python})", "ok" if fits else "broken", way_out)
@@ -161,7 +161,7 @@ def kernels() -> Iterator[Finding]:
         yield Finding("ops", "all", why, "broken", way_out or "as it says")
         return
     if cpp.is_built:
-        unit = cpp.built_for(Path(importlib.util.find_spec("ddpo._C").origin))
+        unit = cpp.built_for(Path(tried("ddpo._C")[0].__file__))
         why, state, way_out, fast = f"cpp: ddpo._C built for {unit or 'an unknown unit'}", "ok", "", True
     else:
         why, state, way_out, fast = "torch: ddpo._C was not built", "note", REBUILD, False

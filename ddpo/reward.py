@@ -32,7 +32,7 @@ def reward(cfg: RewardConfig) -> Path:
     if world == 1 and torch.cuda.device_count() > 1:
         raise RuntimeError("reward: this machine has several GPUs; take one (CUDA_VISIBLE_DEVICES=0) or torchrun")
     run = check_run(cfg)
-    data = distributed.from_first(inputs(cfg) if distributed.is_first() else None)
+    data = distributed.from_first(inputs(cfg) if distributed.is_first() else {})
     check_data(run, data)
     if distributed.from_first((run / "evaluation.json").is_file()):
         log.console.print(f"{run} is finished already")
@@ -61,7 +61,7 @@ def reward(cfg: RewardConfig) -> Path:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(run))
-    model = trainer.model.eval()
+    model.eval()
     found = evaluate(RewardModel(model, read)(eval_groups), eval_groups, target)
     if distributed.is_first():
         save_model(model, run, tokenizer, None)

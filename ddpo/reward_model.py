@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class Target:
     high: float
 
     @classmethod
-    def fit(cls, kind: str, scores: np.ndarray) -> "Target":
+    def fit(cls, kind: Literal["votes", "linear"], scores: np.ndarray) -> "Target":
         """Raises ValueError where all scores are equal."""
         low, high = float(np.min(scores)), float(np.max(scores))
         if not high > low:
@@ -82,7 +82,7 @@ class Reader:
 class RewardModel:
     """model: a classifier in evaluation mode; read: see Reader."""
 
-    model: torch.nn.Module
+    model: Any  # of transformers, for sequence classification
     read: Reader
 
     @classmethod
@@ -125,7 +125,7 @@ def adapter_of(name: str) -> Path | None:
 def weights_of(name: str) -> dict[str, str]:
     """What tells a reward model from another."""
     adapter = adapter_of(name)
-    return identity(name if adapter is None else read_json(adapter / FILE)["model"], adapter and str(adapter))
+    return identity(name, None) if adapter is None else identity(read_json(adapter / FILE)["model"], str(adapter))
 
 
 def describe(folder: Path, model: str, loss: str, target: Target | None, max_length: int) -> None:

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ddpo import log
-from ddpo.config import TrainConfig
+from ddpo.config import RewardConfig, TrainConfig
 from ddpo.files import new_file, write_json
 from ddpo.settings import to_yaml
 
@@ -19,7 +19,7 @@ MAY_CHANGE = (  # between a run and its resumption
 ).split()
 
 
-def check_run(cfg: TrainConfig) -> Path:
+def check_run(cfg: TrainConfig | RewardConfig) -> Path:
     """The run folder: a name not taken, or with cfg.resume a run of the same settings, or one not begun. Writes
     nothing."""
     run = Path(cfg.out)
@@ -31,8 +31,8 @@ def check_run(cfg: TrainConfig) -> Path:
         changed = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]
         if "method_sha256" in changed and "method" not in changed:
             raise ValueError(
-                f"{run}: the file of method {cfg.method} has changed since the run was started; put it back, or give "
-                "another --out"
+                f"{run}: the file of method {now['method']} has changed since the run was started; put it back, or "
+                "give another --out"
             )
         if changed:
             raise ValueError(
@@ -46,7 +46,7 @@ def check_run(cfg: TrainConfig) -> Path:
     return run
 
 
-def begin_run(cfg: TrainConfig, run: Path) -> None:
+def begin_run(cfg: TrainConfig | RewardConfig, run: Path) -> None:
     """Config and card, where they do not stand yet."""
     if not (run / "config.yaml").exists():
         with new_file(run / "config.yaml") as draft:

@@ -112,8 +112,8 @@ class Schedule:
     def _batch(self, items: list[np.ndarray], packs: list[np.ndarray], num_packs: int) -> Batch:
         with_prompts = scores_prompts(self.cfg)
         none = np.empty(0, np.int64)
-        responses, items = (np.concatenate([none, *parts]) for parts in (packs, items))
-        members = self.pool.responses(items)
+        responses, ours = (np.concatenate([none, *parts]) for parts in (packs, items))
+        members = self.pool.responses(ours)
         by_number = np.argsort(responses)  # of the folder's: where each member stands in the batch
         num_tokens = [self.data.num_tokens[responses], self.data.num_prompt_tokens[responses] - 1]
         made = [pack(self.data, part, with_prompts) for part in packs]
@@ -122,8 +122,8 @@ class Schedule:
             responses=torch.from_numpy(responses),
             num_tokens=torch.from_numpy(np.stack(num_tokens[: 1 + with_prompts])),
             members=torch.from_numpy(by_number[np.searchsorted(responses, members, sorter=by_number)]),
-            offsets=torch.from_numpy(np.cumsum([0, *self.pool.sizes(items)])),
-            weight=torch.from_numpy(self.pool.weight[items]),
+            offsets=torch.from_numpy(np.cumsum([0, *self.pool.sizes(ours)])),
+            weight=torch.from_numpy(self.pool.weight[ours]),
             scores=torch.from_numpy(self.data.scores[members]),
             num_inputs=int(self._length[responses].sum()),
         )

@@ -7,14 +7,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, TypeVar, get_origin, get_type_hints
 
 import yaml
 
 from ddpo.interrupts import catching
 from ddpo.mishaps import explain
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 INTERRUPTED = 130
 
 
@@ -84,7 +87,9 @@ def to_yaml(cfg) -> str:
     return yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}, sort_keys=False)
 
 
-def run_command(run: Callable, cls: type, prog: str, positional: str | None, argv: list[str]) -> None:
+def run_command(
+    run: Callable, cls: "type[DataclassInstance]", prog: str, positional: str | None, argv: list[str]
+) -> None:
     """Parses and runs. What goes wrong is one line on stderr and an exit code: see ddpo.cli.EXIT_CODES."""
     from ddpo import log
 

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpo import checkpoint, distributed
 from ddpo.config import TrainConfig
+from ddpo.config.checked import DType
 from ddpo.data.batches import filler
 from ddpo.data.prepared import Prepared
 from ddpo.data.tokens import ChatTokens
@@ -61,10 +63,12 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
     tokens = check_tokenizer(cfg, data)
     least_tokens = LEAST_TOKENS_CPU if device.type == "cpu" else MOST_TOKENS
     schedule = Schedule(data, cfg, least_tokens)
-    held_out = Schedule.of_all(check_held_out(cfg, data), cfg, least_tokens) if cfg.eval_data else None
-    policy = build_policy(cfg, device)
-    parts = identity(policy, cfg.adapter) if method_of(cfg).needs_reference else None
-    policy = distributed.wrap(policy, pick_parallel(cfg))
+    held_out = None
+    if cfg.eval_data:
+        held_out = Schedule.of_all(check_held_out(cfg.eval_data, cfg, data), cfg, least_tokens)
+    bare = build_policy(cfg, device)
+    parts = identity(bare, cfg.adapter) if method_of(cfg).needs_reference else None
+    policy = distributed.wrap(bare, pick_parallel(cfg))
     params = {n: p for n, p in distributed.unwrap(policy).named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
@@ -74,7 +78,6 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
         return reference_logp(policy, of.data, of.forwarded_responses(), of.micro_tokens, device, parts)
 
     ref_logp = reference(schedule)
-    held_out = held_out and HeldOut(held_out, reference(held_out))
     warm_up(policy.train(), optimizer, device)
     last = checkpoint.load_last(run, params, optimizer, data.manifest["content_hash"])
     return State(
@@ -88,7 +91,7 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
         optimizer=optimizer,
         schedule=schedule,
         ref_logp=ref_logp,
-        held_out=held_out,
+        held_out=None if held_out is None else HeldOut(held_out, reference(held_out)),
         step=last["step"],
         num_skipped=last.get("num_skipped", 0),
     )
@@ -110,18 +113,18 @@ def build_policy(cfg: TrainConfig, device: torch.device) -> Policy:
     return make_policy(cfg, model, device)
 
 
-def build_model(cfg: TrainConfig, device: torch.device) -> nn.Module:
+def build_model(cfg: TrainConfig, device: torch.device) -> Any:  # of transformers, or peft's
     return adapt(cfg, load_model(cfg.model, cfg.adapter, check_dtype(cfg), device))
 
 
-def adapt(cfg: TrainConfig, model: nn.Module) -> nn.Module:
+def adapt(cfg: TrainConfig, model: Any) -> Any:  # of transformers, or peft's
     """The model with what is trained: a fresh adapter, or all its weights."""
     if cfg.lora:
         return add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.seed)
     return model.requires_grad_(True)
 
 
-def make_policy(cfg: TrainConfig, model: nn.Module, device: torch.device, check_packing: bool = True) -> Policy:
+def make_policy(cfg: TrainConfig, model: Any, device: torch.device, check_packing: bool = True) -> Policy:
     """The policy over a model that is there."""
     drop_below = pick_drop_below(cfg.drop_below, device, model.dtype)
     policy = Policy(model, drop_below, pick_autocast(cfg.autocast, cfg.dtype, device), check_packing)
@@ -176,9 +179,9 @@ def check_tokenizer(cfg: TrainConfig, data: Prepared) -> ChatTokens:
     return tokens
 
 
-def check_held_out(cfg: TrainConfig, data: Prepared) -> Prepared:
-    """The folder of eval_data, whose token ids must be those of the training data. Raises ValueError."""
-    held_out = Prepared(cfg.eval_data)
+def check_held_out(folder: str, cfg: TrainConfig, data: Prepared) -> Prepared:
+    """The folder eval_data, whose token ids must be those of the training data. Raises ValueError."""
+    held_out = Prepared(folder)
     if held_out.manifest["tokenizer"]["fingerprint"] != data.manifest["tokenizer"]["fingerprint"]:
         raise ValueError(
             f"{held_out.folder} was prepared with another tokenizer or chat template than {data.folder}; prepare both "
@@ -187,7 +190,7 @@ def check_held_out(cfg: TrainConfig, data: Prepared) -> Prepared:
     return held_out
 
 
-def check_dtype(cfg: TrainConfig) -> str:
+def check_dtype(cfg: TrainConfig) -> DType:
     """All weights are trained in float32 or float64, and an adapter is merged into such: bfloat16 rounds away steps
     under 1/256 of a weight. Matrix products are another matter, see --autocast."""
     if (cfg.lora and not cfg.adapter) or cfg.dtype in ("float32", "float64"):

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def run_batches(state: State, schedule, at: int, ref_logp: Tensor | None, learns
     metrics and tokens, each a float64 scalar on the device; and the number of its items."""
     totals = schedule.totals(at)
     batches = schedule.batches(at, state.rank, state.world)
-    sums = dict.fromkeys(("loss", "items", "tokens"), 0.0)  # and metrics, of one order in all processes
+    sums: dict[str, Any] = dict.fromkeys(("loss", "items", "tokens"), 0.0)  # and metrics, of one order in all processes
     for i, batch in enumerate(batches):
         batch = batch.to(state.device)
         logp, backward = passes.forward(state.policy, batch, last=i == len(batches) - 1)
@@ -139,7 +140,8 @@ def update(state: State, lr: float, loss: Tensor) -> Tensor:
     norm = distributed.whole(norm)
     finite = torch.isfinite(norm) & torch.isfinite(loss)
     state.optimizer.param_groups[0]["lr"] = lr
-    state.optimizer.found_inf = (~finite).float()  # the fused kernel skips the step on the device
+    # the fused kernel skips the step on the device
+    state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return torch.where(finite, norm, math.nan)

@@ -32,7 +32,7 @@ def tune(cfg: TuneConfig) -> dict:
     found = {}
     for head_trained in (False, True):
         times = time_choices(lambda choice, trained=head_trained: run(call, choice, trained), event_ms)
-        fastest = min(times, key=times.get)
+        fastest = min(times, key=lambda choice: times[choice])
         found[tuned.key(hidden.dtype, D, V, head_trained)] = fastest._asdict()
         for choice, ms in times.items():
             name = choice.path if choice.path == "fused" else f"{choice.path} {choice.chunk_mib} MiB"
@@ -53,7 +53,7 @@ def run(call: Call, choice: tuned.Choice, head_trained: bool) -> None:
 
 def time_choices(run: Callable, time_ms: Callable) -> dict[tuned.Choice, float]:
     """Median milliseconds of each choice, the choices taken in turn; the first round warms up."""
-    times = {choice: [] for choice in CHOICES}
+    times: dict[tuned.Choice, list[float]] = {choice: [] for choice in CHOICES}
     for _ in range(1 + ROUNDS):
         for choice, ms in times.items():
             ms.append(time_ms(lambda choice=choice: run(choice)))

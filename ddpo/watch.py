@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -122,7 +123,8 @@ class Journal:
 
     def __init__(self, path: Path, last_step: int):
         """Keeps the lines of steps up to last_step (what a killed run wrote after its last checkpoint goes)."""
-        self._path, self._file, self.last_step = path, None, -1
+        self._path, self.last_step = path, -1
+        self._file: TextIO | None = None
         if not path.exists():
             return
         kept = []

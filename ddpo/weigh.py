@@ -47,7 +47,8 @@ def weigh(cfg: WeighConfig) -> Path:
     out = Path(cfg.out)
     if distributed.from_first(out.exists()):
         raise FileExistsError(f"{out} exists already; give another name")
-    weights, dropped = [], Counter()
+    weights: list[float] = []
+    dropped: Counter[str] = Counter()
     rows = weighted_rows(cfg.source, cfg, cfg.format, cfg.split, weights, dropped)
     if not distributed.is_first():
         for _ in rows:  # its share of the encoding
@@ -203,7 +204,8 @@ def save_dataset(rows: Iterator[dict], folder: Path) -> None:
     """Writes rows as a data set for datasets.load_from_disk, some at a time; their types are those of all rows."""
     import datasets
 
-    lines, cache, schemas = folder / "rows.jsonl", folder / "cache", []
+    lines, cache = folder / "rows.jsonl", folder / "cache"
+    schemas: list[pa.Schema] = []
 
     def seen() -> Iterator[dict]:
         while part := list(itertools.islice(rows, 1000)):

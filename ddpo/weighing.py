@@ -17,9 +17,11 @@ def load_measures(cfg: Encoding) -> dict[str, Embedded]:
     """Each measure's embeddings. Raises ValueError for measures or encoders that are none."""
     if not cfg.measures or len(set(cfg.measures)) != len(cfg.measures):
         raise ValueError(f"measures must name each of semantic and style at most once, got {list(cfg.measures)}")
-    options = {"trust_remote_code": cfg.trust_remote_code}
-    of = {"semantic": {"prompt": cfg.semantic_prompt, "task": cfg.semantic_task}, "style": {}}
-    encoders = {m: load_encoder(getattr(cfg, m), m, **options, **of[m]) for m in cfg.measures}
+    of_semantic = {"prompt": cfg.semantic_prompt, "task": cfg.semantic_task}
+    encoders = {}
+    for m in cfg.measures:
+        asked = of_semantic if m == "semantic" else {}
+        encoders[m] = load_encoder(getattr(cfg, m), m, trust_remote_code=cfg.trust_remote_code, **asked)
     return {m: Embedded(encoder, cfg.embeddings) for m, encoder in encoders.items()}
 
 
@@ -29,8 +31,9 @@ def deviations(embeddings: dict[str, torch.Tensor], cfg: Weighing, groups=None) 
     embeddings: (n, D) of each measure; groups: (R+1,) row offsets, None: one group.
     """
     distances = {m: deviation.mean_distance(e, cfg.metric, groups) for m, e in embeddings.items()}
-    options = {"combine": cfg.combine, "min_deviation": cfg.min_deviation, "release_floor": cfg.release_floor}
-    result = deviation.weights(distances, groups, **options)
+    result = deviation.weights(
+        distances, groups, combine=cfg.combine, min_deviation=cfg.min_deviation, release_floor=cfg.release_floor
+    )
     found = {f"distance_{m}": d for m, d in distances.items()}
     return {**found, "deviation": result.deviation, "weight": result.weight}
 

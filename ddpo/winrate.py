@@ -57,7 +57,8 @@ def read_answers(paths: tuple[str, ...], key: dict) -> tuple[Answers, Counter]:
     An annotator is a file, or what stands in its column `annotator`.
     """
     found: Answers = {question: {} for question in key["questions"]}
-    unanswered, seen = Counter(), set()
+    unanswered: Counter[str] = Counter()
+    seen = set()
     for path in paths:
         for where, row in read_rows(path, ["id", *key["questions"]]):
             name, annotator = row["id"], row.get("annotator") or path
@@ -106,7 +107,7 @@ def read_rows(path: str, wanted: list[str]) -> Iterator[tuple[str, dict[str, str
 
 def rates(answers: dict[tuple[str, str], str | None], labels: list[str], key: dict, seed: int) -> dict:
     """The numbers of one question; see winrate."""
-    of_row = defaultdict(Counter)  # id -> winner -> answers
+    of_row: dict[str, Counter[str | None]] = defaultdict(Counter)  # id -> winner -> answers
     for (name, _), winner in answers.items():
         of_row[name][winner] += 1
     counts = list(of_row.values())

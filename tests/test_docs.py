@@ -20,7 +20,7 @@ from ddpo.cli import VERBS
 from ddpo.settings import parse
 
 sys.path.insert(0, str(ROOT))
-OTHER_PROGRAMS = ("head", "jq", "pip", "git", "cd", "python")  # lines of sh blocks that start none of our verbs
+OTHER_PROGRAMS = (".", "head", "jq", "pip", "git", "cd", "python")  # lines of sh blocks that start none of our verbs
 
 
 def test_every_page_is_listed():

@@ -1,5 +1,9 @@
 """The losses in TRL's and transformers' trainers as installed, against TRL's own losses and the reference."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
@@ -17,6 +21,7 @@ ROWS = [
     ("Write of a door.", "It would not open.", "Knock knock.", 1.9),
 ]
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+METRICS = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 
 
 def data(weights=True):
@@ -153,6 +158,48 @@ def test_trains_and_logs(tmp_path, method):
     assert {"rewards/margins", "rewards/accuracies", "logps/chosen", "loss"} <= logged
     found = trainer.evaluate(data(weights=False)) if method == "dpo" else None
     assert found is None or found["eval_loss"] > 0
+
+
+def train_each(folder, batch_size):
+    """Two steps of each trainer on all rows: what it logged and its adapter, as far as this process is the first."""
+    one = data().remove_columns("weight").add_column("weight", [1.0] * len(ROWS))
+    found = {}
+    for method, (ours, theirs, config) in trl_trainers().items():
+        for name, cls, rows in (
+            ("ours", ours, one),
+            ("theirs", theirs, data(weights=False)),
+            ("weighted", ours, data()),
+        ):
+            trainer = make(cls, config, folder, rows, max_steps=2, per_device_train_batch_size=batch_size)
+            trainer.train()
+            adapter = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+            found[method, name] = trainer.state.log_history[:2], adapter
+    if trainer.is_world_process_zero():
+        torch.save(found, f"{folder}/found.pt")
+    return found
+
+
+def test_two_processes(tmp_path):
+    """Under DDP weights of 1 are TRL's own, and weighted DPO is that of one process with both batches."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, __file__, str(tmp_path)], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(tmp_path / "found.pt", weights_only=True)
+    for method in ("dpo", "orpo"):
+        (logged, adapter), (logged_b, adapter_b) = two[method, "ours"], two[method, "theirs"]
+        same(adapter, adapter_b, 1e-3)
+        for step, step_b in zip(logged, logged_b, strict=True):
+            assert {n: step[n] for n in METRICS} == pytest.approx({n: step_b[n] for n in METRICS}, rel=1e-4, abs=1e-6)
+    (logged, adapter), (logged_b, adapter_b) = two["dpo", "weighted"], train_each(tmp_path, 4)["dpo", "weighted"]
+    same(adapter, adapter_b, 1e-3)
+    names = (*METRICS, "weight")
+    for step, step_b in zip(logged, logged_b, strict=True):
+        assert {n: step[n] for n in names} == pytest.approx({n: step_b[n] for n in names}, rel=1e-4, abs=1e-6)
+
+
+if __name__ == "__main__":
+    train_each(sys.argv[1], 2)
 
 
 def test_virtual_tokens(tmp_path):

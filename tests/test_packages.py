@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 import ddpo
 
@@ -37,6 +38,23 @@ assert not {"torch", "triton"} & set(sys.modules)
     ]
     assert all(run.returncode == 0 for run in done), done[0].stderr
     assert min(float(run.stdout) for run in done) < 0.05
+
+
+def test_what_is_imported_is_required():
+    """Every package that the code imports is named in the metadata, in an extra where it is optional."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    required = [*PROJECT["project"]["dependencies"], *extras["gpu"], *extras["trl"], *extras["report"]]
+    named = {Requirement(r).name for r in required} | {"ddpo"}
+    imported = set()
+    for path in [*(ROOT / "ddpo").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {a.name.partition(".")[0] for a in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    other_names = {"faiss": "faiss-cpu", "yaml": "pyyaml"}
+    wanted = {other_names.get(m, m.replace("_", "-")) for m in imported - sys.stdlib_module_names - {"_typeshed"}}
+    assert len(wanted) > 15 and wanted <= named, wanted - named
 
 
 def test_extras():

@@ -1,5 +1,9 @@
 """What every command's settings have in common."""
 
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float64"]
+
 
 class Checked:
     """Numbers that only make sense above zero are checked wherever a config is made."""

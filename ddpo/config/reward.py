@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ddpo.config.checked import Checked
+from ddpo.config.checked import Checked, DType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class ScoreConfig(Checked):
     """Padded tokens scored at once."""
     max_length: int = 2048
     """Most tokens of prompt and response, where the reward model does not say."""
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    dtype: DType = "auto"
     """Of the weights; auto: bfloat16 on a GPU that has it, else float32."""
     resume: bool = False
     """Keep a file that is there and was made from the same; scores of a run that was stopped are taken up anyway."""

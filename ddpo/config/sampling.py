@@ -1,9 +1,8 @@
 """Settings of sampling responses and measuring them."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-from ddpo.config.checked import Checked
+from ddpo.config.checked import Checked, DType
 from ddpo.config.data import Encoding
 
 
@@ -43,7 +42,7 @@ class GenerateConfig(Checked):
     """Responses sampled at a time; of no consequence for the draws."""
     chat_template: str | None = None
     """File with a chat template (Jinja) to use instead of the tokenizer's own."""
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    dtype: DType = "auto"
     """Of the model's weights; auto: bfloat16 on a GPU that has it, else float32."""
     seed: int = 0
     """Each (prompt, sample) draws from a generator of its own."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from ddpo.config.checked import Checked
+from ddpo.config.checked import Checked, DType
 
 METHODS = tuple("sft dpo ddpo orpo dorpo spl ipo simpo gvpo".split())  # ddpo.objective has a row for each
 
@@ -102,7 +102,7 @@ class TrainConfig(Checked):
     """Dropout inside the adapter."""
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Names of the linear layers that get an adapter, or all-linear."""
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    dtype: DType = "auto"
     """Of the model's weights; auto: bfloat16 on a GPU that has it, but float32 for --no-lora and under --adapter, which
     is merged into them."""
     drop_below: float | None = None
@@ -196,9 +196,9 @@ class PlanConfig(TrainConfig):
     Example: ddpo plan prepared --method dpo --gpus 8 --gpu-memory 80 --flops 400e12
     """
 
-    data: str | None = None
+    data: str = ""
     """The prepared folder, whose lengths are taken; without one a step's are assumed, see tokens_per_*."""
-    out: str | None = None
+    out: str = ""
     """Of the training run; not read, nothing is written."""
     gpus: int = 0
     """GPUs, a process each; 0: one process on this machine's CPU."""

@@ -78,7 +78,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def pack(data: TokenSource, responses: Sequence[int], with_prompts: bool = False) -> Pack:
+def pack(data: TokenSource, responses: Sequence[int] | np.ndarray, with_prompts: bool = False) -> Pack:
     """Packs responses (S,). with_prompts: prompt tokens are scored too, as S further segments."""
     sequences, rows, targets, prompt_rows, prompt_targets = [], [], [], [], []
     start = 0

@@ -7,7 +7,7 @@ Other keys are kept. A response without a score counts for deviation and SFT, ne
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,7 +155,7 @@ def read_groups_file(path: str | Path) -> list[Group]:
     return [parse_group(row, where) for where, row in read_jsonl(path)]
 
 
-def labels(paths: list[str]) -> list[str]:
+def labels(paths: Sequence[str]) -> list[str]:
     """A name for each file: its own without ending, the whole path where two are alike, numbered where that is too."""
     stems = [Path(p).stem for p in paths]
     names = [stem if stems.count(stem) == 1 else str(p) for stem, p in zip(stems, paths, strict=True)]

@@ -56,7 +56,7 @@ def divpo_pairs(
 
     deviation: from indices of responses to their deviations inside that pool.
     """
-    scored = sorted((i for i, s in enumerate(scores) if s is not None), key=lambda i: scores[i])
+    scored = [i for _, i in sorted((s, i) for i, s in enumerate(scores) if s is not None)]
     n = len(scored)
     k = int(min(max(2, n * rho), n / 2))
     if k < 1:
@@ -81,7 +81,8 @@ def at_most(
     order = [pairs[i] for i in rng.permutation(len(pairs))]
     if top_scores:
         order.sort(key=lambda pair: [-np.inf if scores[i] is None else scores[i] for i in pair], reverse=True)
-    used, kept = set(), set()
+    used: set[int] = set()
+    kept = set()
     for pair in order:
         if len(used.union(pair)) <= most:
             used.update(pair)

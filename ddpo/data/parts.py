@@ -170,8 +170,9 @@ def fit(group: Group, tokens: ChatTokens, cfg: PrepareConfig, dropped: Counter):
         dropped["prompt left without a response"] += 1
         return None
     place = {old: new for new, old in enumerate(keep)}
-    given = group.pairs and [(place[c], place[r]) for c, r in group.pairs if c in place and r in place]
-    if given is not None and len(given) < len(group.pairs):
+    given = None
+    if group.pairs is not None:
+        given = [(place[c], place[r]) for c, r in group.pairs if c in place and r in place]
         dropped["pair with a dropped response"] += len(group.pairs) - len(given)
     kept = dataclasses.replace(group, responses=[group.responses[i] for i in keep], pairs=given)
     return kept, prompt_ids, [ids[i] for i in keep]

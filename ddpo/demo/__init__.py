@@ -4,6 +4,7 @@ import shutil
 import time
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from ddpo import log
 from ddpo.config import DemoConfig, EvaluateConfig, GenerateConfig, PrepareConfig, ReportConfig, TrainConfig
@@ -30,7 +31,7 @@ def demo(cfg: DemoConfig) -> dict:
     say("1 prepare: 24 prompts x 6 stories, pairs by score, weights by deviation", style="bold")
     prepare(PrepareConfig(source=str(here / "stories.jsonl"), out=str(out / "prepared"), gap=1.0, seed=cfg.seed))
     say("2 generate before: 12 held-out prompts x 4 samples", style="bold")
-    sampling = {
+    sampling: dict[str, Any] = {
         "prompts": str(here / "heldout.jsonl"),
         "num_samples": SAMPLES,
         "max_new_tokens": NEW_TOKENS,
@@ -53,7 +54,7 @@ def demo(cfg: DemoConfig) -> dict:
     say("5 evaluate", style="bold")
     result = evaluate(
         EvaluateConfig(
-            responses=str(out / "after.jsonl"),
+            responses=(str(out / "after.jsonl"),),
             before=str(out / "before.jsonl"),
             out=str(out / "evaluation.json"),
             model=PACKAGED,

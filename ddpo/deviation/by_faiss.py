@@ -26,7 +26,7 @@ class Index:
     def __init__(self, rows: Tensor):
         import faiss
 
-        self._flat = faiss.IndexFlatL2(rows.shape[1])
+        self._flat: faiss.Index = faiss.IndexFlatL2(rows.shape[1])
         if rows.is_cuda:
             self._flat = faiss.index_cpu_to_gpu(_resources(), rows.device.index, self._flat)
         self._flat.add(_handed(rows))

@@ -1,7 +1,7 @@
 """Rows of embeddings and the groups they fall into."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -81,7 +81,9 @@ def larger(groups: Tensor, than: int) -> Iterator[tuple[int, int]]:
         yield int(groups[group]), int(groups[group + 1])
 
 
-def same_size(groups: Tensor, buffer: int, bytes_of: int, most_rows: int | None = None) -> Iterator[tuple]:
+def same_size(
+    groups: Tensor, buffer: int, bytes_of: Callable[[int], int], most_rows: int | None = None
+) -> Iterator[tuple]:
     """Groups of one size at a time, as many as fit: their numbers (G,), their rows (G, m).
 
     buffer: bytes for a batch, bytes_of(m): of one group. most_rows: larger groups are left out.
@@ -91,5 +93,5 @@ def same_size(groups: Tensor, buffer: int, bytes_of: int, most_rows: int | None 
         if most_rows is not None and m > most_rows:
             continue
         which = (size == m).nonzero()[:, 0]
-        for part in which.split(max(1, int(buffer // bytes_of(m)))):
+        for part in which.split(max(1, buffer // bytes_of(m))):
             yield part, groups[part][:, None] + torch.arange(m)

@@ -95,8 +95,8 @@ def distinct_k(
     """
     n = len(embeddings)
     groups = check_groups("distinct_k", groups, n)
-    equivalent_given = equivalent is not None
-    if not equivalent_given:
+    width = 24 * embeddings.shape[1] if equivalent is None else 0
+    if equivalent is None:
         x = as_rows("distinct_k", embeddings)
 
         def equivalent(rows):
@@ -104,7 +104,6 @@ def distinct_k(
             return 1 - e @ e.mT < threshold
 
     out = torch.empty(len(groups) - 1, dtype=torch.int64)
-    width = 0 if equivalent_given else 24 * embeddings.shape[1]
     for which, rows in same_size(groups, BUFFER, lambda m: 24 * m * m + (64 + width) * m):
         same = equivalent(rows).cpu()  # (G, m, m)
         num, m = rows.shape

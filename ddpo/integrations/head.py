@@ -5,6 +5,7 @@ What is computed of the head happens inside the model's own forward, where DDP, 
 
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from ddpo.model import logit_scale
 from ddpo.ops import linear_logp
 
 
-def add_inside(model: nn.Module) -> None:
+def add_inside(model: Any) -> None:
     """From now on model(..., inside=f) returns f(hidden (B, S, D), head, options) in place of logits; without `inside`
     nothing changes. model: transformers' causal model, or what peft or DDP made of one. options: scale and softcap of
     `linear_logp`."""

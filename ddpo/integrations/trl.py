@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -47,6 +47,8 @@ class DDPOTrainer(DPOTrainer):
     Raises: ValueError for a train_dataset without weights and for settings whose loss is not a pair's own.
     Source: arXiv 2503.17126.
     """
+
+    args: DPOConfig
 
     def __init__(self, *args, **kwargs):
         check_weights("DDPOTrainer", kwargs.get("train_dataset"))  # before TRL tokenises

@@ -17,14 +17,14 @@ def opmath(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def fake(call, wants: tuple[bool, bool, bool]):
+def fake(call, wants: tuple[bool, ...]):
     """What forward gives, unwritten: logp (N,), and for backward rows (N, D) = d logp / d hidden where only hidden's
     gradient is wanted, lse (N,) where head's or bias's is. wants: the gradients of hidden, head and bias."""
     logp, lse = (call.hidden.new_empty(call.hidden.shape[0], dtype=opmath(call.hidden.dtype)) for _ in range(2))
     return logp, [call.hidden.new_empty(call.hidden.shape)] if wants == (True, False, False) else [lse]
 
 
-def forward(call, wants: tuple[bool, bool, bool]):
+def forward(call, wants: tuple[bool, ...]):
     """As `fake`, with the values."""
     logp, (saved,) = fake(call, wants)
     want_rows = wants == (True, False, False)
@@ -32,11 +32,11 @@ def forward(call, wants: tuple[bool, bool, bool]):
     for chunk, buffer in _buffers(call):
         z, targets = _logits(call, chunk, buffer), call.targets[chunk, None]
         target, top = z.gather(1, targets), z.amax(1, keepdim=True)
-        slope = _cap_slope(call, z) if want_rows else None
+        slope = _cap_slope(call, z) if rows is not None else None
         total = z.sub_(top).exp_().sum(1, keepdim=True)
         logp[chunk] = (target - top - total.log()).squeeze(1)  # near 0 it keeps its digits
         lse[chunk] = (top + total.log()).squeeze(1)
-        if want_rows:
+        if rows is not None:
             _times_head(_gradient(call, z.div_(-total), slope, targets), call.head, out=rows[chunk])
     return logp, [saved]
 
@@ -46,7 +46,7 @@ def deferred(rows, upstream):
     return torch.mul(rows, upstream[:, None], out=torch.empty_like(rows))  # no float32 copy on the way
 
 
-def backward(call, saved, upstream, wants: tuple[bool, bool, bool]):
+def backward(call, saved, upstream, wants: tuple[bool, ...]):
     """-> gradients of hidden, head and bias, None where not wanted; with a trained head the logits are recomputed."""
     if wants == (True, False, False):
         return deferred(saved[0], upstream), None, None
@@ -60,11 +60,11 @@ def backward(call, saved, upstream, wants: tuple[bool, bool, bool]):
         slope = _cap_slope(call, z)
         minus_p = z.sub_(lse[chunk, None]).exp_().neg_()
         grad = _gradient(call, minus_p, slope, call.targets[chunk, None]).mul_(upstream[chunk, None])
-        if wants[1]:
+        if grad_head is not None:
             _add_outer(grad, call.hidden[chunk], out=grad_head)
-        if wants[2]:
+        if grad_bias is not None:
             grad_bias += grad.sum(0)
-        if wants[0]:
+        if grad_hidden is not None:
             _times_head(grad, call.head, out=grad_hidden[chunk])
     return [None if grad is None else grad.to(call.hidden.dtype) for grad in (grad_hidden, grad_head, grad_bias)]
 

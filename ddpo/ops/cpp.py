@@ -3,6 +3,7 @@
 import importlib.util
 import mmap
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def check_unit(file: Path, here: str) -> None:
 def _load() -> bool:
     """Whether the extension was built; registers torch.ops.ddpo and its fake kernels."""
     spec = importlib.util.find_spec("ddpo._C")
-    if spec is None:
+    if spec is None or spec.origin is None:
         return False
     check_unit(Path(spec.origin), torch.backends.cpu.get_cpu_capability())
     try:
@@ -79,7 +80,12 @@ def _load() -> bool:
             "--no-build-isolation"
         ) from err
 
-    fakes = {"fwd": _fake_fwd, "bwd": _fake_bwd, "sparse_fwd": _fake_sparse_fwd, "sparse_bwd": _fake_sparse_bwd}
+    fakes: dict[str, Callable] = {
+        "fwd": _fake_fwd,
+        "bwd": _fake_bwd,
+        "sparse_fwd": _fake_sparse_fwd,
+        "sparse_bwd": _fake_sparse_bwd,
+    }
     for name, shapes in fakes.items():
         torch.library.register_fake(f"ddpo::linear_logp_{name}", shapes)
     return True
@@ -95,7 +101,7 @@ def allocate_tightly(on: bool = True) -> None:
         torch.ops.ddpo.allocate_tightly(on)
 
 
-def forward(call, wants: tuple[bool, bool, bool]):
+def forward(call, wants: tuple[bool, ...]):
     """-> logp (N,), what backward needs of forward. wants: the gradients of hidden, head and bias."""
     tensors = (call.hidden, call.head, call.targets, call.bias, call.scale, call.softcap)
     head_trained = wants[1] or wants[2]
@@ -107,7 +113,7 @@ def forward(call, wants: tuple[bool, bool, bool]):
     return logp, [lse] if head_trained else [rows]
 
 
-def backward(call, saved, upstream, wants: tuple[bool, bool, bool]):
+def backward(call, saved, upstream, wants: tuple[bool, ...]):
     """-> gradients of hidden, head and bias, None where not wanted."""
     if not wants[1] and not wants[2]:
         return deferred(saved[0], upstream), None, None

@@ -12,20 +12,13 @@ G is the unit of work, one head GEMM (2*N*V*D FLOP).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ddpo.ops import chunked, cpp, triton
 
-BACKENDS = {
-    "torch": chunked,
-    "cpp": cpp,
-    "triton": triton,
-    "triton-chunked": triton.Path("chunked"),
-    "triton-fused": triton.Path("fused"),
-}
 MIN_MEAN_ROWS = 16  # of a segment, for drop_below to pay: a segment costs about as much as a row
 
 
@@ -40,6 +33,30 @@ class Call(NamedTuple):
     softcap: float | None
     segments: Tensor | None
     drop_below: float
+
+
+class Implementation(Protocol):
+    """wants: whether the gradients of hidden, head and bias are wanted."""
+
+    def fake(self, call: Call, wants: tuple[bool, ...], /) -> tuple[Tensor, list[Tensor]]:
+        """What forward gives, unwritten."""
+
+    def forward(self, call: Call, wants: tuple[bool, ...], /) -> tuple[Tensor, list[Tensor]]:
+        """-> logp (N,), and what backward needs."""
+
+    def backward(
+        self, call: Call, saved: list[Tensor], upstream: Tensor, wants: tuple[bool, ...], /
+    ) -> Sequence[Tensor | None]:
+        """-> the gradients of hidden, head and bias, None where not wanted."""
+
+
+BACKENDS: dict[str, Implementation] = {
+    "torch": chunked,
+    "cpp": cpp,
+    "triton": triton,
+    "triton-chunked": triton.Path("chunked"),
+    "triton-fused": triton.Path("fused"),
+}
 
 
 def linear_logp(
@@ -199,11 +216,11 @@ def _setup_context(ctx, inputs, output):
 
 def keep(ctx, call: Call, saved: list[Tensor], impl: str, wants: Sequence[bool], row_c: Tensor | None = None) -> None:
     """What `gradients` needs; with a coefficient of each row (N,), where a loss has given it."""
-    hidden, head, targets, bias, scale, softcap, segments, drop_below = call
+    inputs: tuple[Tensor | None, ...] = (call.hidden, call.head, call.bias)
     if not (wants[1] or wants[2]) and saved[0].dim() == 2:  # the gradient's rows: all that backward needs
-        hidden = head = bias = None
-    ctx.save_for_backward(hidden, head, targets, bias, segments, row_c, *saved)
-    ctx.options = (scale, softcap, drop_below, impl, wants)
+        inputs = (None, None, None)
+    ctx.save_for_backward(*inputs, call.targets, call.segments, row_c, *saved)
+    ctx.options = (call.scale, call.softcap, call.drop_below, impl, wants)
     ctx.set_materialize_grads(False)  # of what is saved nobody takes a gradient
 
 
@@ -216,7 +233,7 @@ def _autograd(ctx, upstream, _):  # upstream (N,)
 
 def gradients(ctx, tensors: tuple, upstream: Tensor) -> list[Tensor | None]:
     """Of hidden, head and bias, None where not wanted. tensors: ctx.saved_tensors, which may be read only once."""
-    hidden, head, targets, bias, segments, _, *saved = tensors
+    hidden, head, bias, targets, segments, _, *saved = tensors
     scale, softcap, drop_below, impl, wants = ctx.options
     found = _backward(upstream, saved, hidden, head, targets, bias, scale, softcap, segments, drop_below, impl, wants)
     in_order = iter(found)
@@ -242,7 +259,7 @@ def _backward(
     wants: Sequence[bool],
 ) -> list[Tensor]:
     """-> the gradients wanted, of hidden, head and bias. It has none itself: linear_logp is differentiable once."""
-    call = Call(hidden, head, targets, bias, scale, softcap, segments, drop_below)
+    call = Call(hidden, head, targets, bias, scale, softcap, segments, drop_below)  # type: ignore[arg-type]  # see keep
     return [grad for grad in BACKENDS[impl].backward(call, saved, upstream, tuple(wants)) if grad is not None]
 
 

@@ -58,12 +58,14 @@ def linear_preference(
     call = Call(hidden, head, targets.contiguous(), bias, scale, softcap, None, 0.0)
     check(call)
     odds = _check_pairs(len(hidden), hidden.device, segments, pairs, weight, loss, ref_logp, label_smoothing)
-    kind = {"device": hidden.device, "dtype": torch.float64 if hidden.dtype == torch.float64 else torch.float32}
+    device, dtype = hidden.device, torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
     def scalar(x):  # as a fill, not a copy, which would wait for the device
-        return x.detach().to(**kind).reshape(()) if isinstance(x, Tensor) else torch.full((), float(x), **kind)
+        if isinstance(x, Tensor):
+            return x.detach().to(device, dtype).reshape(())
+        return torch.full((), float(x), device=device, dtype=dtype)
 
-    weight, ref_logp = (None if x is None else x.detach().to(**kind).contiguous() for x in (weight, ref_logp))
+    weight, ref_logp = (None if x is None else x.detach().to(device, dtype).contiguous() for x in (weight, ref_logp))
     tokens_per_pair = None if tokens_per_pair is None else scalar(tokens_per_pair)
     denominator = scalar(max(len(pairs), 1) if denominator is None else denominator)
     tensors = (segments.contiguous(), pairs.contiguous(), weight, ref_logp, denominator, tokens_per_pair)

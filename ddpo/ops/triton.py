@@ -32,15 +32,15 @@ def runs(hidden: torch.Tensor) -> bool:
     return on_gpu and hidden.dtype in DTYPES and importlib.util.find_spec("triton") is not None
 
 
-def fake(call, wants: tuple[bool, bool, bool]):
+def fake(call, wants: tuple[bool, ...]):
     return _path(call, wants).fake(call, wants)
 
 
-def forward(call, wants: tuple[bool, bool, bool]):
+def forward(call, wants: tuple[bool, ...]):
     return _path(call, wants).forward(call, wants)
 
 
-def backward(call, saved, upstream, wants: tuple[bool, bool, bool]):
+def backward(call, saved, upstream, wants: tuple[bool, ...]):
     if saved[0].dim() == 2:  # rows, and no call to choose by
         return deferred(saved[0], upstream), None, None
     return _path(call, wants).backward(call, saved, upstream, wants)
@@ -59,43 +59,41 @@ class Path(NamedTuple):
     path: str = "chunked"
     chunk_mib: int = 256
 
-    def fake(self, call, wants: tuple[bool, bool, bool]):
+    def fake(self, call, wants: tuple[bool, ...]):
         """What forward gives, unwritten: logp (N,), and [rows (N, D)] if backward needs no more than these, else
         [lse (N,)] for a backward that recomputes."""
         logp, lse = (call.hidden.new_empty(call.hidden.shape[0], dtype=torch.float32) for _ in range(2))
         defers = self.path == "chunked" and wants == (True, False, False)
         return logp, [torch.empty_like(call.hidden, memory_format=torch.contiguous_format) if defers else lse]
 
-    def forward(self, call, wants: tuple[bool, bool, bool]):
+    def forward(self, call, wants: tuple[bool, ...]):
         """As `fake`, with the values."""
         from ddpo.kernels import linear_logp as kernels  # not above: import ddpo.ops should not load Triton
 
-        hidden, head, targets, *rest = _arguments(call)
+        hidden, head, targets, bias, scale, softcap = _arguments(call)
         logp, (saved,) = self.fake(call, wants)
         with torch.cuda.device_of(hidden):
             if saved.dim() == 1:
-                logp, lse = kernels.fwd(hidden, head, targets, *rest)
+                logp, lse = kernels.fwd(hidden, head, targets, bias, scale, softcap)
                 return logp, [lse]
             lse = torch.empty_like(logp)
             for chunk, buffer, total in self.buffers(hidden, head):
                 _mm(hidden[chunk], head.T, out=buffer[:, : len(head)])
-                out = (logp[chunk], lse[chunk])
-                dz = kernels.slopes(buffer, len(head), hidden.dtype, targets[chunk], *rest, *out)
+                of_rows = (targets[chunk], bias, scale, softcap, logp[chunk], lse[chunk])
+                dz = kernels.slopes(buffer, len(head), hidden.dtype, *of_rows)
                 saved[chunk] = _mm(dz, head, out=total)
         return logp, [saved]
 
-    def backward(self, call, saved, upstream, wants: tuple[bool, bool, bool]):
+    def backward(self, call, saved, upstream, wants: tuple[bool, ...]):
         """-> gradients of hidden, head and bias, None where not wanted."""
         if saved[0].dim() == 2:
             return deferred(saved[0], upstream), None, None
         from ddpo.kernels import linear_logp as kernels
 
-        arguments, (lse,), upstream = _arguments(call), saved, upstream.float().contiguous()
+        (lse,) = saved
+        arguments = (*_arguments(call), lse, upstream.float().contiguous(), wants)
         with torch.cuda.device_of(lse):
-            if self.path == "fused":
-                grads = kernels.bwd(*arguments, lse, upstream, wants)
-            else:
-                grads = self._recompute(kernels, *arguments, lse, upstream, wants)
+            grads = kernels.bwd(*arguments) if self.path == "fused" else self._recompute(kernels, *arguments)
         return [None if grad is None else grad.to(call.hidden.dtype) for grad in grads]
 
     def _recompute(self, kernels, hidden, head, targets, bias, scale, softcap, lse, upstream, wants):

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from ddpo.data.importers import each_group, preference_of, rows_of, tell_format,
 from ddpo.embedded import Embedded, hash_of
 from ddpo.files import new_file, new_folder
 from ddpo.weighing import (
+    ALL_ONE,
     WINDOW,
     deviations,
     join,
@@ -116,6 +118,8 @@ def weigh_dataset(data, **settings):
     if tell_format(data) == "preference":
         for _ in rows:
             pass
+        if set(weights) == {1.0}:
+            warnings.warn(f"weigh_dataset: all weights are 1: {ALL_ONE}", stacklevel=2)
         return data.add_column("weight", weights)
     return datasets.Dataset(datasets.table.InMemoryTable(_table(list(rows))))
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 
 import datasets
 import numpy as np
@@ -153,6 +154,19 @@ def test_preference_rows(tmp_path):
     in_python = weigh_dataset(datasets.Dataset.from_list(PAIRS), measures=("style",))
     assert in_python.to_list() == loaded.to_list()
     assert sorted(p.suffix for p in out.iterdir()) == [".arrow", ".json", ".json"]
+
+
+def test_weights_that_weigh_nothing_are_told(tmp_path, capsys):
+    """A pair a prompt: as good as no weights."""
+    alone = [PAIRS[0], PAIRS[2]]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
+    weigh(WeighConfig(source=str(tmp_path / "pairs.jsonl"), out=str(tmp_path / "w.jsonl"), measures=("style",)))
+    assert "weights: all 2 are 1: no prompt has three different responses" in " ".join(capsys.readouterr().out.split())
+    with pytest.warns(UserWarning, match="all weights are 1: no prompt has three different responses"):
+        weigh_dataset(datasets.Dataset.from_list(alone), measures=("style",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weigh_dataset(datasets.Dataset.from_list(PAIRS), measures=("style",))
 
 
 def test_types_are_those_of_all_rows(tmp_path):

@@ -2,7 +2,7 @@
 # make test   set up what is missing, then lint and test
 # make test-long   the tests, and the cases that say over what others say in short
 # make packages   sdist and wheel, installed into empty environments and run, with a compiler and without
-# make oldest, make newest   the tests with the oldest packages that pyproject.toml admits, and with the newest there are
+# make oldest, make newest   the tests with each requirement of pyproject.toml at its floor, and with the newest of all
 # make screenshot  README's picture, of the demo's report (wants chromium)
 # make bench  the op and a training step beside other ways, about two hours on two CPU cores; rewrites README's and docs/speed.md's tables
 # make docs   what is generated of README.md and docs/, made anew

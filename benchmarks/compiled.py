@@ -27,7 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ddpo.kernels import preference
-from ddpo.ops.linear_logp import Call
+from ddpo.ops.implementation import Call
 from ddpo.ops.triton import Path as KernelPath
 
 GPUS = {  # name: target; shared memory of one program, KiB; where both are said

@@ -6,7 +6,7 @@ into one folder, each its share. What lies there can be deleted at any time.
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ class Embedded:
             out[here] = files[file][places[here, 1]]
         return torch.from_numpy(out)
 
-    def _lacks(self, hashes: Sequence[bytes]) -> list[bytes]:
+    def _lacks(self, hashes: Collection[bytes]) -> list[bytes]:
         wanted = np.array(list(hashes), "S16")
         at = np.searchsorted(self._hashes, wanted).clip(max=max(0, len(self._hashes) - 1))
         there = self._hashes[at] == wanted if len(self._hashes) else np.zeros(len(wanted), bool)
@@ -75,7 +75,7 @@ class Embedded:
     def _encode(self, texts: dict[bytes, str], note: str = "") -> None:
         """Encodes those that are missing, shortest first."""
         rank, world = distributed.start()
-        missing = distributed.from_first(self._lacks(list(texts)))
+        missing = distributed.from_first(self._lacks(texts))
         mine = [(h, texts[h]) for h in sorted(missing, key=lambda h: len(texts[h]))[rank::world]]
         with log.progress(transient=bool(note)) as bar:
             task = bar.add_task(self.encoder.label, total=len(mine), note=note, visible=bool(mine))
@@ -91,11 +91,11 @@ class Embedded:
         if missing:
             distributed.barrier()
         for pause in PAUSES:
-            if not self._lacks(list(texts)):
+            if not self._lacks(texts):
                 return
             time.sleep(pause)
             self._open()
-        if self._lacks(list(texts)):
+        if self._lacks(texts):
             raise RuntimeError(
                 f"{self.folder}: embeddings that another process made are not there; give --embeddings a folder that "
                 "all machines share"

@@ -145,7 +145,7 @@ def step_of(cfg: PlanConfig) -> Step:
     """Of the prepared folder where there is one, else as assumed. Raises ValueError."""
     least = MOST_TOKENS if cfg.gpus else LEAST_TOKENS_CPU
     if cfg.data and Path(cfg.data).exists():
-        return _step_of_folder(cfg, least)
+        return _step_of_folder(cfg.data, cfg, least)
     length = cfg.tokens_per_prompt + cfg.tokens_per_response - 1
     of_item = {"response": 1, "pair": 2, "group": cfg.responses_per_group}[method_of(cfg).item]
     num, most = cfg.batch_size * of_item, of_item * -(-cfg.batch_size // max(1, cfg.gpus))  # in all, of a process
@@ -157,8 +157,8 @@ def step_of(cfg: PlanConfig) -> Step:
     return Step(num * length, num * rows, num * length**2, length, again, micro, most * length, length, why)
 
 
-def _step_of_folder(cfg: PlanConfig, least: int) -> Step:
-    data = Prepared(cfg.data)
+def _step_of_folder(folder: str, cfg: PlanConfig, least: int) -> Step:
+    data = Prepared(folder)
     schedule = Schedule(data, cfg, least)
     longest = int((data.num_prompt_tokens + data.num_tokens - 1)[schedule.forwarded_responses()].max(initial=1))
     steps = np.unique(np.linspace(0, schedule.num_steps - 1, MOST_STEPS).round().astype(int))
@@ -179,7 +179,7 @@ def _step_of_folder(cfg: PlanConfig, least: int) -> Step:
     micro = schedule.micro_tokens
     if not seen_all:  # another step may fill a pack
         largest = max(largest, micro, longest)
-    return Step(tokens, rows, squares, tokens / num, again / tokens, micro, largest, longest, why)
+    return Step(tokens, rows, squares, tokens / max(num, 1), again / max(tokens, 1), micro, largest, longest, why)
 
 
 # --- memory -----------------------------------------------------------------------------------------------

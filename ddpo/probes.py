@@ -109,7 +109,7 @@ def packages() -> Iterator[Finding]:
             "packages", "ddpo", f"no metadata ({err})", "note", "install it: pip install . --no-build-isolation"
         )
         return
-    python = SpecifierSet(about["Requires-Python"])
+    python = SpecifierSet(about["Requires-Python"] or "")
     fits = platform.python_version() in python
     way_out = "" if fits else "make the environment anew with a newer Python"
     yield Finding("packages", "python", f"{platform.python_version()} ({python})", "ok" if fits else "broken", way_out)

@@ -122,7 +122,7 @@ def adapter_of(name: str) -> Path | None:
     return next((f for f in (Path(name), Path(name) / "adapter") if (f / FILE).is_file()), None)
 
 
-def weights_of(name: str) -> dict[str, str]:
+def weights_of(name: str) -> dict[str, Any]:
     """What tells a reward model from another."""
     adapter = adapter_of(name)
     return identity(name, None) if adapter is None else identity(read_json(adapter / FILE)["model"], str(adapter))

@@ -77,7 +77,8 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
             return None
         return reference_logp(policy, of.data, of.forwarded_responses(), of.micro_tokens, device, parts)
 
-    ref_logp = reference(schedule)
+    ref_logp = reference(schedule)  # before the checkpoint's weights come in
+    measured = None if held_out is None else HeldOut(held_out, reference(held_out))
     warm_up(policy.train(), optimizer, device)
     last = checkpoint.load_last(run, params, optimizer, data.manifest["content_hash"])
     return State(
@@ -91,7 +92,7 @@ def setup(cfg: TrainConfig, rank: int, world: int, run: Path) -> State:
         optimizer=optimizer,
         schedule=schedule,
         ref_logp=ref_logp,
-        held_out=None if held_out is None else HeldOut(held_out, reference(held_out)),
+        held_out=measured,
         step=last["step"],
         num_skipped=last.get("num_skipped", 0),
     )

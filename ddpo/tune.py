@@ -9,7 +9,7 @@ from ddpo.config import TuneConfig
 from ddpo.files import write_json
 from ddpo.loading import head_shape
 from ddpo.ops import triton, tuned
-from ddpo.ops.linear_logp import Call
+from ddpo.ops.implementation import Call
 
 CHOICES = [tuned.Choice("fused"), *(tuned.Choice("chunked", mib) for mib in (64, 128, 256, 512, 1024))]
 ROUNDS = 7

@@ -115,13 +115,13 @@ def weigh_dataset(data, **settings):
         raise ValueError(f"weigh_dataset: wanted a datasets.Dataset (one split), got {type(data).__name__}")
     weights: list[float] = []
     rows = weighted_rows(data, Weighing(**settings), weights=weights)
-    if tell_format(data) == "preference":
-        for _ in rows:
-            pass
-        if set(weights) == {1.0}:
-            warnings.warn(f"weigh_dataset: all weights are 1: {ALL_ONE}", stacklevel=2)
+    of_pairs = tell_format(data) == "preference"
+    kept = [row for row in rows if not of_pairs]
+    if set(weights) == {1.0}:
+        warnings.warn(f"weigh_dataset: all weights are 1, {ALL_ONE}", stacklevel=2)
+    if of_pairs:
         return data.add_column("weight", weights)
-    return datasets.Dataset(datasets.table.InMemoryTable(_table(list(rows))))
+    return datasets.Dataset(datasets.table.InMemoryTable(_table(kept)))
 
 
 def weighted_rows(

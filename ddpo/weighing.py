@@ -82,14 +82,14 @@ def settings_of(cfg: Weighing) -> dict:
     return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Weighing) if f.name != "embeddings"}
 
 
-ALL_ONE = "no prompt has three different responses, and of two each deviates as much as the other"
+ALL_ONE = "as good as none; to differ they want prompts with three different responses or more"
 
 
 def tell_weights(report: dict) -> str:
-    """A report for people, in two lines."""
+    """A report for people."""
     edges, counts = report["histogram"].values()
     if report["mean"] == edges[-1] == 1:
-        return f"all {report['count']:,} are 1: {ALL_ONE}"
+        return f"all {report['count']:,} are 1, {ALL_ONE}"
     return (
         f"mean {report['mean']:.3f}, zero {report['zero_share']:.0%}, "
         f"effective sample size {report['effective_sample_size']:,.1f} of {report['count']:,}\n"

@@ -174,7 +174,8 @@ def _dz_kernel(
     y = tl.load(y_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32) - first_v
     lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
     g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0) * scale
-    dz = g[:, None] * (tl.where(offs_p[None, :] == y[:, None], 1.0, 0.0) - tl.exp(z - lse[:, None]))
+    dz = -g[:, None] * tl.exp(z - lse[:, None])
+    dz = tl.where(offs_p[None, :] == y[:, None], g[:, None] + dz, dz)  # a sum of ones and zeros spills in Triton 3.7
     if softcap is not None:
         dz *= _slope(z, softcap)
     dz_ptr += first_n.to(tl.int64) * dz_stride_n

@@ -10,7 +10,7 @@ from ddpo import reference, tune
 from ddpo.kernels import linear_logp as kernels
 from ddpo.ops import linear_logp
 from ddpo.ops import triton as backend
-from ddpo.ops.linear_logp import Call
+from ddpo.ops.implementation import Call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

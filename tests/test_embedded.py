@@ -161,8 +161,8 @@ def test_weights_that_weigh_nothing_are_told(tmp_path, capsys):
     alone = [PAIRS[0], PAIRS[2]]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
     weigh(WeighConfig(source=str(tmp_path / "pairs.jsonl"), out=str(tmp_path / "w.jsonl"), measures=("style",)))
-    assert "weights: all 2 are 1: no prompt has three different responses" in " ".join(capsys.readouterr().out.split())
-    with pytest.warns(UserWarning, match="all weights are 1: no prompt has three different responses"):
+    assert "weights: all 2 are 1, as good as none; to differ" in " ".join(capsys.readouterr().out.split())
+    with pytest.warns(UserWarning, match="all weights are 1, as good as none"):
         weigh_dataset(datasets.Dataset.from_list(alone), measures=("style",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -189,6 +189,9 @@ def test_dry_run_writes_nothing_and_loads_no_encoder(model_folder, tmp_path, mon
     assert "rows.jsonl:1: prompt of 34 tokens, response of 18" in out
     assert r"assistant\n'" in out and "'The sea was calm.<|im_end|>'" in out
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+    source.write_text('{"prompt": "Write of a sea.", "chosen": "It was calm.", "rejected": "No!"}\n')
+    prepare(PrepareConfig(source=str(source), out=str(tmp_path / "out"), model=model_folder, dry_run=True))
+    assert "2 responses stay; dropped: {}" in capsys.readouterr().out
 
 
 # --- sources ----------------------------------------------------------------------------------------------

@@ -59,6 +59,12 @@ def test_distinct_k(threshold):
     assert distinct_k(embeddings(), GROUPS, threshold).tolist() == expected
 
 
+@pytest.mark.parametrize("x", [torch.ones(5), [[1.0, 2.0]]])
+def test_distinct_k_wants_rows(x):
+    with pytest.raises(ValueError, match="distinct_k: "):
+        distinct_k(x)
+
+
 def _similarities(x):
     unit = x / x.norm(dim=1, keepdim=True)
     return [unit[a:b] @ unit[a:b].T for a, b in itertools.pairwise(GROUPS.tolist())]

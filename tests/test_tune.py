@@ -7,7 +7,7 @@ from conftest import case
 from ddpo import tune
 from ddpo.cli import main
 from ddpo.ops import triton, tuned
-from ddpo.ops.linear_logp import Call
+from ddpo.ops.implementation import Call
 
 f32 = torch.float32
 

@@ -70,6 +70,34 @@ def test_evaluations_are_written_once(config, make_prepared):
     assert lines(cfg, "eval") == lines(straight, "eval")
 
 
+def test_held_out_reference_is_of_the_start(config, make_prepared, tmp_path):
+    """A run of all weights goes on with held-out data that it did not have: their reference is the model that it
+    started from, not what the checkpoint made of it."""
+    held_out = make_prepared(out=str(tmp_path / "held-out"))
+    run = {"batch_size": 6, "epochs": 3, "lora": False, "lr": 1e-2, "save_every": 1}
+    straight, cfg = config(**run, eval_data=str(held_out.folder)), config(**run)
+    run_training(straight)
+
+    class Third(Stop):
+        asked = 0
+
+        @property
+        def requested(self):
+            self.asked += 1
+            return self.asked == 3
+
+        @requested.setter
+        def requested(self, value):
+            pass
+
+    with pytest.raises(SystemExit):
+        run_training(cfg, Third())
+    for cached in held_out.folder.glob("reference-*"):
+        cached.unlink()
+    run_training(replace(cfg, resume=True, eval_data=str(held_out.folder)))
+    assert lines(cfg, "eval")[-1] == lines(straight, "eval")[-1]
+
+
 def test_held_out_of_another_tokenizer_is_refused(config, make_prepared, tmp_path):
     data = make_prepared()
     manifest = Path(data.folder) / "manifest.json"

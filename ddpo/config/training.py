@@ -196,9 +196,9 @@ class PlanConfig(TrainConfig):
     Example: ddpo plan prepared --method dpo --gpus 8 --gpu-memory 80 --flops 400e12
     """
 
-    data: str = ""
+    data: str | None = None  # type: ignore[assignment]
     """The prepared folder, whose lengths are taken; without one a step's are assumed, see tokens_per_*."""
-    out: str = ""
+    out: str | None = None  # type: ignore[assignment]
     """Of the training run; not read, nothing is written."""
     gpus: int = 0
     """GPUs, a process each; 0: one process on this machine's CPU."""

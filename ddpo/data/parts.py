@@ -173,7 +173,8 @@ def fit(group: Group, tokens: ChatTokens, cfg: PrepareConfig, dropped: Counter):
     given = None
     if group.pairs is not None:
         given = [(place[c], place[r]) for c, r in group.pairs if c in place and r in place]
-        dropped["pair with a dropped response"] += len(group.pairs) - len(given)
+        if len(given) < len(group.pairs):
+            dropped["pair with a dropped response"] += len(group.pairs) - len(given)
     kept = dataclasses.replace(group, responses=[group.responses[i] for i in keep], pairs=given)
     return kept, prompt_ids, [ids[i] for i in keep]
 

@@ -95,9 +95,10 @@ def distinct_k(
     """
     n = len(embeddings)
     groups = check_groups("distinct_k", groups, n)
-    width = 24 * embeddings.shape[1] if equivalent is None else 0
+    width = 0
     if equivalent is None:
         x = as_rows("distinct_k", embeddings)
+        width = 24 * x.shape[1]
 
         def equivalent(rows):
             e = unit("distinct_k", x[rows.to(x.device)].double(), rows)

@@ -4,8 +4,12 @@ Logits are held in opmath precision (float64 for float64, else float32), one chu
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
+from ddpo.ops.implementation import Call, Kept, Wants
 
 CPU_CHUNK_BYTES = 24 << 20  # of logits
 HALF_CHUNK_BYTES = 64 << 20  # half types on a CPU convert the head to float32 once a chunk, so fewer chunks
@@ -17,14 +21,14 @@ def opmath(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def fake(call, wants: tuple[bool, ...]):
+def fake(call: Call, wants: Wants) -> tuple[Tensor, Kept]:
     """What forward gives, unwritten: logp (N,), and for backward rows (N, D) = d logp / d hidden where only hidden's
     gradient is wanted, lse (N,) where head's or bias's is. wants: the gradients of hidden, head and bias."""
     logp, lse = (call.hidden.new_empty(call.hidden.shape[0], dtype=opmath(call.hidden.dtype)) for _ in range(2))
     return logp, [call.hidden.new_empty(call.hidden.shape)] if wants == (True, False, False) else [lse]
 
 
-def forward(call, wants: tuple[bool, ...]):
+def forward(call: Call, wants: Wants) -> tuple[Tensor, Kept]:
     """As `fake`, with the values."""
     logp, (saved,) = fake(call, wants)
     want_rows = wants == (True, False, False)
@@ -46,7 +50,7 @@ def deferred(rows, upstream):
     return torch.mul(rows, upstream[:, None], out=torch.empty_like(rows))  # no float32 copy on the way
 
 
-def backward(call, saved, upstream, wants: tuple[bool, ...]):
+def backward(call: Call, saved: Kept, upstream: Tensor, wants: Wants) -> Sequence[Tensor | None]:
     """-> gradients of hidden, head and bias, None where not wanted; with a trained head the logits are recomputed."""
     if wants == (True, False, False):
         return deferred(saved[0], upstream), None, None
@@ -54,7 +58,7 @@ def backward(call, saved, upstream, wants: tuple[bool, ...]):
     acc = opmath(call.hidden.dtype)
     grad_hidden = call.hidden.new_empty(call.hidden.shape) if wants[0] else None
     grad_head = call.head.new_zeros(call.head.shape, dtype=acc) if wants[1] else None
-    grad_bias = torch.zeros_like(call.bias, dtype=acc) if wants[2] else None
+    grad_bias = None if call.bias is None or not wants[2] else torch.zeros_like(call.bias, dtype=acc)
     for chunk, buffer in _buffers(call):
         z = _logits(call, chunk, buffer)
         slope = _cap_slope(call, z)

@@ -3,12 +3,14 @@
 import importlib.util
 import mmap
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ddpo.ops.chunked import deferred, opmath
+from ddpo.ops.implementation import Call, Kept, Wants
 
 MISSING = (
     "linear_logp: impl 'cpp' wants the extension ddpo._C, which was not built; install a C++ compiler and reinstall "
@@ -101,7 +103,7 @@ def allocate_tightly(on: bool = True) -> None:
         torch.ops.ddpo.allocate_tightly(on)
 
 
-def forward(call, wants: tuple[bool, ...]):
+def forward(call: Call, wants: Wants) -> tuple[Tensor, Kept]:
     """-> logp (N,), what backward needs of forward. wants: the gradients of hidden, head and bias."""
     tensors = (call.hidden, call.head, call.targets, call.bias, call.scale, call.softcap)
     head_trained = wants[1] or wants[2]
@@ -113,7 +115,7 @@ def forward(call, wants: tuple[bool, ...]):
     return logp, [lse] if head_trained else [rows]
 
 
-def backward(call, saved, upstream, wants: tuple[bool, ...]):
+def backward(call: Call, saved: Kept, upstream: Tensor, wants: Wants) -> Sequence[Tensor | None]:
     """-> gradients of hidden, head and bias, None where not wanted."""
     if not wants[1] and not wants[2]:
         return deferred(saved[0], upstream), None, None

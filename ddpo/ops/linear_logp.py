@@ -12,42 +12,14 @@ G is the unit of work, one head GEMM (2*N*V*D FLOP).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ddpo.ops import chunked, cpp, triton
+from ddpo.ops.implementation import Call, Implementation, as_wants
 
 MIN_MEAN_ROWS = 16  # of a segment, for drop_below to pay: a segment costs about as much as a row
-
-
-class Call(NamedTuple):
-    """The checked arguments of one call, as every implementation gets them."""
-
-    hidden: Tensor
-    head: Tensor
-    targets: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-    segments: Tensor | None
-    drop_below: float
-
-
-class Implementation(Protocol):
-    """wants: whether the gradients of hidden, head and bias are wanted."""
-
-    def fake(self, call: Call, wants: tuple[bool, ...], /) -> tuple[Tensor, list[Tensor]]:
-        """What forward gives, unwritten."""
-
-    def forward(self, call: Call, wants: tuple[bool, ...], /) -> tuple[Tensor, list[Tensor]]:
-        """-> logp (N,), and what backward needs."""
-
-    def backward(
-        self, call: Call, saved: list[Tensor], upstream: Tensor, wants: tuple[bool, ...], /
-    ) -> Sequence[Tensor | None]:
-        """-> the gradients of hidden, head and bias, None where not wanted."""
 
 
 BACKENDS: dict[str, Implementation] = {
@@ -200,13 +172,13 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """-> logp (N,), and what the implementation's backward needs of its forward."""
     call = Call(hidden, head, targets, bias, scale, softcap, segments, drop_below)
-    return BACKENDS[impl].forward(call, tuple(wants))
+    return BACKENDS[impl].forward(call, as_wants(wants))
 
 
 @_forward.register_fake
 def _(hidden, head, targets, bias, scale, softcap, segments, drop_below, impl, wants):
     call = Call(hidden, head, targets, bias, scale, softcap, segments, drop_below)
-    return BACKENDS[impl].fake(call, tuple(wants))
+    return BACKENDS[impl].fake(call, as_wants(wants))
 
 
 def _setup_context(ctx, inputs, output):
@@ -260,7 +232,7 @@ def _backward(
 ) -> list[Tensor]:
     """-> the gradients wanted, of hidden, head and bias. It has none itself: linear_logp is differentiable once."""
     call = Call(hidden, head, targets, bias, scale, softcap, segments, drop_below)  # type: ignore[arg-type]  # see keep
-    return [grad for grad in BACKENDS[impl].backward(call, saved, upstream, tuple(wants)) if grad is not None]
+    return [grad for grad in BACKENDS[impl].backward(call, saved, upstream, as_wants(wants)) if grad is not None]
 
 
 @_backward.register_fake

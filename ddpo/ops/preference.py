@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpo.ops.linear_logp import BACKENDS, Call, autocast, check, find_impl, gradients, keep, wanted
+from ddpo.ops.implementation import Call, as_wants
+from ddpo.ops.linear_logp import BACKENDS, autocast, check, find_impl, gradients, keep, wanted
 from ddpo.ops.sequence_sum import sequence_sum
 
 
@@ -130,7 +131,7 @@ def _forward(
     """-> loss, logp (S,), losses (P,), and for backward: each row's coefficient (N,), and what linear_logp keeps.
     Where that is the gradient's rows, they come scaled."""
     call = Call(hidden, head, targets, bias, scale, softcap, None, 0.0)
-    token_logp, saved = BACKENDS[impl].forward(call, tuple(wants))
+    token_logp, saved = BACKENDS[impl].forward(call, as_wants(wants))
     rows = saved[0] if _scales_rows(saved, wants) else None
     terms = (segments, pairs, weight, ref_logp, denominator, tokens_per_pair, beta, label_smoothing, odds)
     sum_pairs = _pairs_triton if impl.startswith("triton") else _pairs_torch
@@ -142,7 +143,7 @@ def _forward(
 def _(hidden, head, targets, bias, scale, softcap, segments, pairs, *terms):
     *_, impl, wants = terms
     call = Call(hidden, head, targets, bias, scale, softcap, None, 0.0)
-    token_logp, saved = BACKENDS[impl].fake(call, tuple(wants))
+    token_logp, saved = BACKENDS[impl].fake(call, as_wants(wants))
     S, P, N = segments.shape[0] - 1, pairs.shape[0], hidden.shape[0]
     return *(token_logp.new_empty(shape) for shape in ((), S, P, N)), saved
 

@@ -12,12 +12,15 @@ Where no gradient is wanted the two are one: 1G, no logits. Nothing here waits f
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ddpo.ops import tuned
 from ddpo.ops.chunked import deferred, row_slices
+from ddpo.ops.implementation import Call, Kept, Wants
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MISSING = (
@@ -32,15 +35,15 @@ def runs(hidden: torch.Tensor) -> bool:
     return on_gpu and hidden.dtype in DTYPES and importlib.util.find_spec("triton") is not None
 
 
-def fake(call, wants: tuple[bool, ...]):
+def fake(call: Call, wants: Wants) -> tuple[Tensor, Kept]:
     return _path(call, wants).fake(call, wants)
 
 
-def forward(call, wants: tuple[bool, ...]):
+def forward(call: Call, wants: Wants) -> tuple[Tensor, Kept]:
     return _path(call, wants).forward(call, wants)
 
 
-def backward(call, saved, upstream, wants: tuple[bool, ...]):
+def backward(call: Call, saved: Kept, upstream: Tensor, wants: Wants) -> Sequence[Tensor | None]:
     if saved[0].dim() == 2:  # rows, and no call to choose by
         return deferred(saved[0], upstream), None, None
     return _path(call, wants).backward(call, saved, upstream, wants)
@@ -59,14 +62,14 @@ class Path(NamedTuple):
     path: str = "chunked"
     chunk_mib: int = 256
 
-    def fake(self, call, wants: tuple[bool, ...]):
+    def fake(self, call: Call, wants: Wants) -> tuple[Tensor, Kept]:
         """What forward gives, unwritten: logp (N,), and [rows (N, D)] if backward needs no more than these, else
         [lse (N,)] for a backward that recomputes."""
         logp, lse = (call.hidden.new_empty(call.hidden.shape[0], dtype=torch.float32) for _ in range(2))
         defers = self.path == "chunked" and wants == (True, False, False)
         return logp, [torch.empty_like(call.hidden, memory_format=torch.contiguous_format) if defers else lse]
 
-    def forward(self, call, wants: tuple[bool, ...]):
+    def forward(self, call: Call, wants: Wants) -> tuple[Tensor, Kept]:
         """As `fake`, with the values."""
         from ddpo.kernels import linear_logp as kernels  # not above: import ddpo.ops should not load Triton
 
@@ -84,7 +87,7 @@ class Path(NamedTuple):
                 saved[chunk] = _mm(dz, head, out=total)
         return logp, [saved]
 
-    def backward(self, call, saved, upstream, wants: tuple[bool, ...]):
+    def backward(self, call: Call, saved: Kept, upstream: Tensor, wants: Wants) -> Sequence[Tensor | None]:
         """-> gradients of hidden, head and bias, None where not wanted."""
         if saved[0].dim() == 2:
             return deferred(saved[0], upstream), None, None

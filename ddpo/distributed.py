@@ -1,6 +1,7 @@
 """One process or many under torchrun: who I am, what wraps the policy, and what all of us do together."""
 
 import os
+import time
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -36,8 +37,11 @@ def is_first() -> bool:
 
 
 def finish() -> None:
+    """Leaves the process group, before the interpreter ends: Gloo's threads still let go of the last collective's
+    tensors, which wants the GIL, and where that comes too late they abort the process (pytorch/pytorch#179291)."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.1)  # the GIL is theirs
 
 
 def device() -> torch.device:

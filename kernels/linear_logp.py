@@ -175,7 +175,7 @@ def _dz_kernel(
     lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
     g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0) * scale
     dz = -g[:, None] * tl.exp(z - lse[:, None])
-    dz = tl.where(offs_p[None, :] == y[:, None], g[:, None] + dz, dz)  # a sum of ones and zeros spills in Triton 3.7
+    dz = tl.where(offs_p[None, :] == y[:, None], g[:, None] + dz, dz)  # a tile of ones and zeros beside it spills
     if softcap is not None:
         dz *= _slope(z, softcap)
     dz_ptr += first_n.to(tl.int64) * dz_stride_n

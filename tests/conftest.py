@@ -9,6 +9,7 @@ import torch
 
 from ddpo import reference
 from ddpo.ops import chunked, cpp
+from ddpo.run import Stop
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("DDPO_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -220,6 +221,23 @@ def config(prepared_folder, model_folder, tmp_path):
         return TrainConfig(**{**fixed, **SMALL, **changes})
 
     return make
+
+
+class StopAfter(Stop):
+    """Asks to stop after some steps, as a signal would."""
+
+    def __init__(self, num_steps):
+        super().__init__()
+        self._left = num_steps
+
+    @property
+    def requested(self):
+        self._left -= 1
+        return self._left < 0
+
+    @requested.setter
+    def requested(self, value):
+        pass
 
 
 def metrics(cfg):

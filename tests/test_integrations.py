@@ -195,10 +195,8 @@ def test_two_processes(tmp_path):
             same(adapter, two[method, "weighted"][1], 1e-2)
         for step, step_b in zip(logged, logged_b, strict=True):
             assert {n: step[n] for n in METRICS} == pytest.approx({n: step_b[n] for n in METRICS}, rel=1e-4, abs=1e-6)
-    (logged, adapter), (logged_b, adapter_b) = (
-        two["dpo", "weighted"],
-        train_each(tmp_path, 4, ["dpo"])["dpo", "weighted"],
-    )
+    one = train_each(tmp_path, 4, ["dpo"])
+    (logged, adapter), (logged_b, adapter_b) = two["dpo", "weighted"], one["dpo", "weighted"]
     same(adapter, adapter_b, 1e-3)
     names = (*METRICS, "weight")
     for step, step_b in zip(logged, logged_b, strict=True):

@@ -11,32 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SMALL, metrics, same_bits, weights_of
+from conftest import SMALL, StopAfter, metrics, same_bits, weights_of
 from kill_and_resume import kill_and_resume
 from safetensors.torch import load_file
 
 from ddpo import checkpoint
 from ddpo.config import WeighConfig
-from ddpo.run import Stop
 from ddpo.train import train as run_training
 from ddpo.weigh import weigh
-
-
-class StopAfter(Stop):
-    """Asks to stop after some steps, as a signal would."""
-
-    def __init__(self, num_steps):
-        super().__init__()
-        self._left = num_steps
-
-    @property
-    def requested(self):
-        self._left -= 1
-        return self._left < 0
-
-    @requested.setter
-    def requested(self, value):
-        pass
 
 
 def without_clocks(cfg):

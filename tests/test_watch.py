@@ -11,11 +11,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import metrics, same_bits, weights_of
+from conftest import StopAfter, metrics, same_bits, weights_of
 
 from ddpo import train
 from ddpo.data.prepared import Prepared
-from ddpo.run import Stop
 from ddpo.train import train as run_training
 
 
@@ -48,20 +47,8 @@ def test_evaluations_are_written_once(config, make_prepared):
     straight, cfg = (config(**run) for _ in range(2))
     run_training(straight)
 
-    class Second(Stop):
-        asked = 0
-
-        @property
-        def requested(self):
-            self.asked += 1
-            return self.asked == 2
-
-        @requested.setter
-        def requested(self, value):
-            pass
-
     with pytest.raises(SystemExit):
-        run_training(cfg, Second())
+        run_training(cfg, StopAfter(1))
     assert [e["step"] for e in lines(cfg, "eval")] == [0]
     run_training(replace(cfg, resume=True))
     assert lines(cfg, "eval") == lines(straight, "eval")
@@ -78,20 +65,8 @@ def test_held_out_reference_is_of_the_start(config, make_prepared, tmp_path):
     straight, cfg = config(**run, eval_data=str(held_out.folder)), config(**run)
     run_training(straight)
 
-    class Third(Stop):
-        asked = 0
-
-        @property
-        def requested(self):
-            self.asked += 1
-            return self.asked == 3
-
-        @requested.setter
-        def requested(self, value):
-            pass
-
     with pytest.raises(SystemExit):
-        run_training(cfg, Third())
+        run_training(cfg, StopAfter(2))
     for cached in held_out.folder.glob("reference-*"):
         cached.unlink()
     run_training(replace(cfg, resume=True, eval_data=str(held_out.folder)))

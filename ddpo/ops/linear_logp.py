@@ -20,8 +20,6 @@ from ddpo.ops import chunked, cpp, triton
 from ddpo.ops.implementation import Call, Implementation, as_wants
 
 MIN_MEAN_ROWS = 16  # of a segment, for drop_below to pay: a segment costs about as much as a row
-
-
 BACKENDS: dict[str, Implementation] = {
     "torch": chunked,
     "cpp": cpp,
